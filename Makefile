@@ -1,0 +1,54 @@
+# Everything here needs only python3 (3.11 or newer, with venv), pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test lint types clean
+
+help:
+	@echo "make demo     compare three planners on a built-in workload (no torch needed)"
+	@echo "make install  a virtual environment in $(VENV) with everything for development"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff, formatting, import rules"
+	@echo "make types    mypy, strict"
+	@echo "make clean    remove $(VENV), caches and the demo's results"
+
+$(VENV): $(VENV)/.core
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+# torch goes in by itself first: resolved together with stable-baselines3, pip may fetch another
+# build of it with several gigabytes of CUDA libraries.
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install --quiet -c constraints.txt "$(TORCH)"
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.core
+	$(BIN)/qlm compare cluster=small workload=w_a 'planner=[fcfs,edf,qlm]' seeds=3 out=results/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy -p qlm_env -p planners -p runners
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info results/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	    .import_linter_cache .coverage htmlcov
+	find qlm_env planners runners paper_figs configs tests -name __pycache__ -prune -exec rm -rf {} +

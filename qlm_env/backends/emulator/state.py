@@ -1,0 +1,180 @@
+"""The emulated engines' arrays: what is constant in an episode, and what changes.
+
+All are structured arrays, so that a compiled function takes a row by pointer. Shapes: I instances, M models,
+S = ``max_num_seqs`` batch slots, K = ``block_size``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from qlm_env.requests import NOWHERE, Int, Records
+
+NEVER = np.inf
+NO_FINISH = np.iinfo(np.int64).max
+"""Finish tick of a slot that is still prefilling."""
+
+STORAGE, HOST, GPU = 0, 1, 2
+"""Residency of a model's weights at an instance."""
+RESIDENCY_NAMES = ("storage", "host", "gpu")
+
+NO_EVICTION, EVICT_DROP, EVICT_KEEP = 0, 1, 2
+
+FCFS, PRIORITY = 0, 1
+
+PLACEMENT_DTYPE = np.dtype(
+    [
+        # Step-time coefficients, seconds; see latency.py.
+        ("c0", "f8"),
+        ("c1", "f8"),
+        ("n0", "f8"),
+        ("c2", "f8"),
+        ("c3", "f8"),
+        ("c4", "f8"),
+        ("c5", "f8"),
+        ("context_tokens", "i8"),  # longest prompt + output of the model
+        ("num_blocks", "i8"),  # KV blocks requests can use; 0 where the model does not fit the instance
+        ("weight_bytes", "f8"),  # all GPUs of the instance together
+        ("kv_bytes_per_token", "f8"),
+        ("kv_swap_bytes_per_s", "f8"),
+        ("cold_start_s", "f8"),  # storage to GPU
+        ("stage_s", "f8"),  # storage to host memory, in the background
+        ("wake_s", "f8"),  # host memory to GPU
+        ("sleep_s", "f8"),  # GPU to host memory
+        # State.
+        ("last_used_s", "f8"),
+        ("residency", "i1"),
+    ],
+    align=True,
+)
+"""One (instance, model) pair."""
+
+ENGINE_DTYPE = np.dtype(
+    [
+        ("up", "i1"),  # 0 while failed
+        ("active_model", "i4"),  # on the GPU, or NOWHERE
+        # The batch.
+        ("num_running", "i4"),
+        ("first_prefill", "i4"),  # first slot that may be prefilling; all before it decode
+        ("tick", "i8"),
+        ("min_finish_tick", "i8"),
+        ("decodes", "i4"),  # decoding slots
+        ("decode_kv_tokens", "i8"),  # their cached tokens, summed
+        ("factor_sum", "f8"),  # service factors of the batch, summed
+        ("free_blocks", "i8"),
+        # The engine's own queue: preempted requests, and requests submitted but not yet admitted.
+        ("queue_head", "i4"),
+        ("queue_tail", "i4"),
+        ("queue_length", "i4"),
+        # The leap now running: `steps` steps from `start_s`, the first of `step_s`, each next `growth_s` longer.
+        ("start_s", "f8"),
+        ("step_s", "f8"),
+        ("growth_s", "f8"),
+        ("steps", "i8"),
+        ("next_event_s", "f8"),  # when the leap, a model swap or a KV copy ends; NEVER when idle or down
+        # Scheduling the current step.
+        ("token_budget", "i4"),
+        ("preempted", "i1"),  # something was preempted in this step, so nothing is admitted
+        ("restored_tokens", "i8"),  # KV tokens copied back from host memory in this step
+        # Operations waiting for the end of the step.
+        ("pending_eviction", "i1"),
+        ("pending_swap", "i4"),
+        # Host memory and loading.
+        ("host_memory_bytes", "f8"),
+        ("host_used_bytes", "f8"),
+        ("host_kv_bytes", "f8"),
+        ("host_kv_used_bytes", "f8"),
+        ("swap_target", "i4"),  # model being loaded onto the GPU, or NOWHERE
+        ("stage_target", "i4"),  # model being staged into host memory, or NOWHERE
+        ("stage_end_s", "f8"),
+        # Counters.
+        ("busy_s", "f8"),  # time spent in engine steps
+        ("swapping_s", "f8"),
+        ("kv_block_s", "f8"),  # KV blocks in use, integrated over time (as of the end of each leap)
+        ("swaps", "i8"),
+        ("warm_hits", "i8"),
+        ("cold_starts", "i8"),
+        ("warm_starts", "i8"),
+        ("evictions", "i8"),
+        ("preemptions", "i8"),
+        ("kv_swapped_bytes", "f8"),
+    ],
+    align=True,
+)
+"""One instance. A *tick* counts its engine steps."""
+
+SLOT_DTYPE = np.dtype(
+    [
+        ("finish_tick", "i8"),  # tick at which the request is done; NO_FINISH while it prefills
+        ("kv_offset", "i8"),  # cached tokens: minus the tick while decoding, as they are while prefilling
+        ("request", "i4"),
+        ("prefill_left", "i4"),  # prefill tokens still to compute
+        ("chunk", "i4"),  # tokens of the step in progress, where they are not simply one
+    ],
+    align=True,
+)
+"""One place in a batch. A decoding slot advances by exactly one token a tick, so its progress is stored once,
+relative to the tick, and no step touches it: it has ``kv_offset + tick`` cached tokens and finishes when the
+tick reaches ``finish_tick``."""
+
+
+class Fleet(NamedTuple):
+    """Every engine of a cluster and the settings they share."""
+
+    engine: Records
+    """(I,) ENGINE_DTYPE"""
+    slot: Records
+    """(I, S) SLOT_DTYPE, in order of admission"""
+    block_phase: Int
+    """(I, K) decoding slots by the value of tick modulo K at which they need another block"""
+    placement: Records
+    """(I, M) PLACEMENT_DTYPE"""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    chunked_prefill: bool
+    scheduling_policy: int
+
+
+def make_fleet(
+    placement: Records,
+    *,
+    host_memory_bytes: np.ndarray,
+    host_kv_bytes: np.ndarray,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    block_size: int,
+    chunked_prefill: bool,
+    scheduling_policy: int,
+) -> Fleet:
+    """Engines that are up, empty and hold no model.
+
+    Args:
+        placement: (I, M) records with the constant fields filled.
+        host_memory_bytes: (I,)
+        host_kv_bytes: (I,)
+    """
+    num_instances = placement.shape[0]
+    engine = np.zeros(num_instances, ENGINE_DTYPE).view(np.recarray)
+    engine["up"] = 1
+    engine["host_memory_bytes"] = host_memory_bytes
+    engine["host_kv_bytes"] = host_kv_bytes
+    for name in ("active_model", "queue_head", "queue_tail", "pending_swap", "swap_target", "stage_target"):
+        engine[name] = NOWHERE
+    engine["next_event_s"] = engine["stage_end_s"] = NEVER
+    engine["min_finish_tick"] = NO_FINISH
+    placement["last_used_s"] = -np.inf
+    placement["residency"] = STORAGE
+    return Fleet(
+        engine=engine,
+        slot=np.zeros((num_instances, max_num_seqs), SLOT_DTYPE).view(np.recarray),
+        block_phase=np.zeros((num_instances, block_size), np.int32),
+        placement=placement,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        chunked_prefill=chunked_prefill,
+        scheduling_policy=scheduling_policy,
+    )

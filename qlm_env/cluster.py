@@ -1,0 +1,162 @@
+"""From a validated scenario and a request table to the arrays an episode runs on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qlm_env.backends.emulator.residency import fits, place_initially
+from qlm_env.backends.emulator.state import FCFS, GPU, HOST, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet
+from qlm_env.dynamics import (
+    CLOCK_DTYPE,
+    E2E,
+    EVENT_DTYPE,
+    FAILURE_DTYPE,
+    SLO_DTYPE,
+    TTFT,
+    World,
+    find_unservable,
+)
+from qlm_env.profiles import fitting_profile, usable_kv_blocks
+from qlm_env.queueing.groups import make_queues
+from qlm_env.requests import Int, Records, RequestTable, reset_state
+from qlm_env.spec import ClusterSpec, FailureSpec, GroupingSpec, ModelSpec, ScenarioSpec
+
+COEFFICIENTS = ("c0", "c1", "n0", "c2", "c3", "c4", "c5")
+
+LOG_ENTRIES = 1 << 14
+
+
+class InstanceName(NamedTuple):
+    """What an instance is, for people."""
+
+    name: str
+    device: str
+    tp: int
+
+
+def instance_names(cluster: ClusterSpec) -> list[InstanceName]:
+    """One entry per instance, in order of index."""
+    names: list[InstanceName] = []
+    for group in cluster.instances:
+        for _ in range(group.count):
+            suffix = f"x{group.tp}" if group.tp > 1 else ""
+            names.append(InstanceName(f"{len(names)} {group.device}{suffix}", group.device, group.tp))
+    return names
+
+
+def make_placements(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile_folder: Path | None = None) -> Records:
+    """The (instance, model) table, shape (I, M): latency, memory and loading costs from the profiles.
+
+    Where a model does not fit (:func:`qlm_env.profiles.fitting_profile`) ``num_blocks`` is 0.
+    """
+    rows = []
+    for group in cluster.instances:
+        row = np.zeros(len(models), PLACEMENT_DTYPE)
+        for m, model in enumerate(models):
+            profile = fitting_profile(group, cluster.engine, model, profile_folder)
+            if profile is None:
+                continue
+            values = profile.values()
+            for coefficient, seconds in zip(COEFFICIENTS, profile.step_time, strict=True):
+                row[m][coefficient] = seconds
+            for name in PLACEMENT_DTYPE.names or ():
+                if name in values:
+                    row[m][name] = values[name]
+            row[m]["context_tokens"] = model.context_tokens
+            row[m]["num_blocks"] = usable_kv_blocks(profile, cluster.engine)
+        rows.extend([row] * group.count)
+    return np.stack(rows).view(np.recarray)
+
+
+def make_cluster(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile_folder: Path | None = None) -> Fleet:
+    """The cluster's engines with their initial models loaded; every model must fit somewhere.
+
+    An instance that no model fits starts, and stays, empty.
+    """
+    placement = make_placements(cluster, models, profile_folder)
+    groups = [group for group in cluster.instances for _ in range(group.count)]
+    engine = cluster.engine
+    fleet = make_fleet(
+        placement,
+        host_memory_bytes=np.array([group.host_memory_gb * 1e9 for group in groups]),
+        host_kv_bytes=np.array([group.host_kv_gb * 1e9 for group in groups]),
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        chunked_prefill=engine.enable_chunked_prefill,
+        scheduling_policy=PRIORITY if engine.scheduling_policy == "priority" else FCFS,
+    )
+    names = [model.name for model in models]
+    dealt = 0
+    for i, group in enumerate(groups):
+        if group.initial_model is not None:
+            initial = names.index(group.initial_model)
+        elif placement["num_blocks"][i].any():
+            initial = dealt % len(models)
+            while not fits(fleet, i, initial):
+                initial = (initial + 1) % len(models)
+            dealt = initial + 1
+        else:
+            continue
+        place_initially(fleet, i, initial, GPU)
+        for name in group.warm_models:
+            if names.index(name) != initial:
+                place_initially(fleet, i, names.index(name), HOST)
+    return fleet
+
+
+def max_group_members(fleet: Fleet, grouping: GroupingSpec) -> Int:
+    """(M,) the size at which a model's group closes: ``delta`` times its average batch, at least 1."""
+    blocks = fleet.placement["num_blocks"]
+    batch = np.minimum(fleet.max_num_seqs, blocks * fleet.block_size / grouping.typical_request_tokens)
+    average = batch.sum(axis=0) / np.maximum(1, (blocks > 0).sum(axis=0))
+    return np.maximum(1, np.round(grouping.delta * average)).astype(np.int32)
+
+
+def make_failures(failures: tuple[FailureSpec, ...]) -> Records:
+    """Down and up events in order of time."""
+    events = [(f.at_s, f.instance, 0) for f in failures]
+    events += [(f.at_s + f.duration_s, f.instance, 1) for f in failures]
+    return np.array(sorted(events), FAILURE_DTYPE).view(np.recarray)
+
+
+def make_world(scenario: ScenarioSpec, requests: RequestTable, *, logging: bool, profile_folder: Path | None = None) -> World:
+    """A fresh episode of ``scenario`` on ``requests``, whose state is reset.
+
+    Args:
+        logging: keep the event log that timelines are drawn from.
+    """
+    reset_state(requests)
+    fleet = make_cluster(scenario.cluster, scenario.workload.models, profile_folder)
+    classes = scenario.slo.classes
+    weights = np.array([c.weight for c in classes])
+    counts = np.bincount(requests["slo_class"], minlength=len(classes))
+    slo = np.zeros(len(classes), SLO_DTYPE).view(np.recarray)
+    slo["target_s"] = [c.target_s for c in classes]
+    slo["reward_weight"] = weights / (weights @ counts)
+    slo["end_row"] = np.cumsum(counts)
+    slo["next_row"] = slo["end_row"] - counts
+    world = World(
+        requests=requests,
+        fleet=fleet,
+        queues=make_queues(
+            len(requests),
+            scenario.cluster.num_instances,
+            len(classes),
+            max_group_members(fleet, scenario.environment.grouping),
+        ),
+        clock=np.zeros(1, CLOCK_DTYPE).view(np.recarray),
+        failures=make_failures(scenario.cluster.failures),
+        log=np.zeros(LOG_ENTRIES if logging else 0, EVENT_DTYPE).view(np.recarray),
+        slo=slo,
+        class_rows=np.argsort(requests["slo_class"], kind="stable").astype(np.int32),
+        finished=np.zeros(fleet.max_num_seqs, np.int32),
+        slo_metric=TTFT if scenario.slo.metric == "ttft" else E2E,
+        auto_pull=scenario.environment.auto_pull,
+        logging=logging,
+    )
+    find_unservable(world)
+    return world

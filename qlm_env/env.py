@@ -1,0 +1,284 @@
+"""The Gymnasium environment: one emulated cluster, LLM serving operations as actions.
+
+Data flow of a step: the action becomes an LSO (:mod:`.lso`), the policy's thinking time passes, the LSO is applied,
+``advance`` lets time pass to the next decision epoch (:mod:`.dynamics`), and reward, observation
+(:mod:`.observation`) and mask are read off the arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from qlm_env.cluster import instance_names, make_world
+from qlm_env.dynamics import LOG_FULL, World, advance, settle_rest_as_missed
+from qlm_env.errors import InvalidActionError
+from qlm_env.lso import VERB_NAMES, ActionCodec, Advance, Lso, apply_lso, fill_action_mask, is_legal
+from qlm_env.metrics import episode_metrics
+from qlm_env.observation import Float32, Observer, observation_space
+from qlm_env.presets import make_scenario
+from qlm_env.render import draw_frame, draw_text
+from qlm_env.requests import RequestTable, workload_hash
+from qlm_env.scenario import Episodes
+from qlm_env.spec import ConfigError, ScenarioSpec
+from qlm_env.timeline import Timeline
+from qlm_env.view import ClusterView
+
+Observation = dict[str, Float32]
+StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
+
+
+class QLMEnv(gym.Env[Observation, np.int64]):
+    """Queue management of an LLM serving cluster.
+
+    Observation: ``Dict`` of float32 arrays in [-1, 1]: ``groups`` (G, F), ``group_mask`` (G,), ``instances`` (I, F),
+    ``instance_mask`` (I,), ``cluster`` (F,); see docs/environment.md for every feature.
+
+    Action: ``Discrete(n)``; :class:`qlm_env.lso.ActionCodec` gives the layout. Any action but ``advance`` takes no
+    time. ``info["action_mask"]`` and :meth:`action_masks` say what is legal; an illegal action does nothing, is
+    counted, and sets ``info["invalid_action"]``.
+
+    Reward: per request whose outcome became certain in the step, ``+w`` if its SLO was met and ``-w`` if missed,
+    weights normalised to 1 over the workload, so that an episode returns ``2 * weighted attainment - 1`` (less
+    operation costs, where configured).
+
+    Episode: ends when every request has finished or was rejected; truncated ``max_drain_s`` after the
+    last arrival. ``info["metrics"]`` then holds the results. ``reset(seed=s)`` draws workload ``s``: every policy sees
+    the identical requests.
+
+    Args:
+        cluster, workload, slo, environment: a preset's name, or a mapping of its values (``{"preset": name, ...}``
+            overrides some); see :mod:`qlm_env.spec`.
+        backend: ``"emulator"``.
+        timeline: keep a :class:`~qlm_env.timeline.Timeline` of the episode (``env.unwrapped.timeline``).
+        render_mode: ``None``, ``"ansi"`` or ``"rgb_array"``.
+
+    Raises:
+        ConfigError: a setting is wrong; one line that names it and what is allowed.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}
+
+    def __init__(
+        self,
+        cluster: str | Mapping[str, Any] = "smoke",
+        workload: str | Mapping[str, Any] = "smoke",
+        slo: str | Mapping[str, Any] | None = None,
+        environment: str | Mapping[str, Any] | None = None,
+        backend: str = "emulator",
+        timeline: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        if backend != "emulator":
+            raise ConfigError(f"backend '{backend}' is not available; allowed: emulator")
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ConfigError(f"render_mode '{render_mode}' is not available; allowed: ansi, rgb_array")
+        self._episodes = Episodes(make_scenario(cluster, workload, slo, environment))
+        self.scenario: ScenarioSpec = self._episodes.scenario
+        self.render_mode = render_mode
+        self.instance_names = instance_names(self.scenario.cluster)
+        self._class_names = [c.name for c in self.scenario.slo.classes]
+        self._model_names = [m.name for m in self.scenario.workload.models]
+        self._settings = self.scenario.environment
+        self.codec = ActionCodec(self._settings.max_groups, len(self.instance_names), len(self._model_names))
+        self.action_space = spaces.Discrete(self.codec.num_actions)
+        self.observation_space = observation_space(
+            self._settings.max_groups, len(self.instance_names), len(self._model_names), len(self._class_names)
+        )
+        self._keep_timeline = timeline or render_mode is not None
+        self.timeline: Timeline | None = None
+        self._world: World | None = None
+
+    # ----------------------------------------------------------------- Gymnasium
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start the episode of workload ``seed`` (without one: of a seed drawn from the environment's generator).
+
+        Returns:
+            observation and info at the first decision epoch, the first arrival.
+        """
+        super().reset(seed=seed)
+        workload_seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        return self.start(self._episodes.requests(workload_seed))
+
+    def start(self, requests: RequestTable) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode on a given request table, whose state is reset."""
+        world = make_world(self.scenario, requests, logging=self._keep_timeline)
+        self._world = world
+        self.workload_hash = workload_hash(requests)
+        self._observer = Observer(world, self._settings.max_groups)
+        self._mask = np.zeros(self.codec.num_actions, np.int8)
+        self._actions_this_epoch = 0
+        self.invalid_actions = 0
+        self.decisions = 0
+        self._return = 0.0
+        self._costs_charged = 0.0
+        self._done = False
+        self._horizon_s = float(requests["arrival_s"][-1]) + self._settings.max_drain_s
+        if self._keep_timeline:
+            self.timeline = Timeline(self.instance_names, self._model_names)
+        self.view = ClusterView(world, self.scenario, self.instance_names)
+        self._pass_time(float(requests["arrival_s"][0]), stop_at_epoch=True)
+        info = self._info(dt=self.now_s, invalid=False)
+        info["workload_hash"] = self.workload_hash
+        self._decided_at = time.perf_counter()
+        return self._observer.observe(), self._with_mask(info)
+
+    def step(self, action: int | np.integer[Any]) -> StepResult:
+        """Take one action.
+
+        Raises:
+            InvalidActionError: the action is outside the space, or illegal in strict mode.
+            gymnasium.error.ResetNeeded: the episode is over.
+        """
+        world = self._running_world()
+        try:
+            lso = self.codec.decode(int(action), self._observer.row_groups)
+        except (TypeError, ValueError) as error:
+            raise InvalidActionError(f"action {action!r} is not in Discrete({self.codec.num_actions}): {error}") from None
+        before_s = self._charge_decision_time()
+        exhausted = self._actions_this_epoch >= self._settings.max_actions_per_epoch
+        invalid = False
+        if not isinstance(lso, Advance):
+            invalid = exhausted or lso.code()[2] < 0 or not apply_lso(world, *lso.code())
+            self._actions_this_epoch += 1
+            if invalid:
+                self._reject(lso)
+        if isinstance(lso, Advance) or exhausted:
+            self._pass_time(self.now_s + self._settings.decision_interval_s, stop_at_epoch=True)
+        return self._result(before_s, invalid)
+
+    def step_plan(self, lsos: Sequence[Lso]) -> StepResult:
+        """Apply several LSOs at this epoch, in order, then advance to the next one: the planners' way in.
+
+        Each goes through the same legality check as an action; an illegal one is skipped and counted (an error in
+        strict mode).
+        """
+        world = self._running_world()
+        before_s = self._charge_decision_time()
+        invalid = False
+        for lso in lsos:
+            if not apply_lso(world, *lso.code()):
+                invalid = True
+                self._reject(lso)
+        self._pass_time(self.now_s + self._settings.decision_interval_s, stop_at_epoch=True)
+        return self._result(before_s, invalid)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """(n,) which actions are legal now; the sb3-contrib convention."""
+        self._fill_mask()
+        return self._mask.astype(bool)
+
+    def render(self) -> Any:
+        """The cluster as text (``ansi``) or as an RGB picture of shape (H, W, 3) (``rgb_array``)."""
+        if self.render_mode is None:
+            gym.logger.warn("render() was called without a render_mode")
+            return None
+        if self.timeline is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "ansi":
+            return draw_text(self.view, self.timeline)
+        return draw_frame(self.view, self.timeline)
+
+    # ----------------------------------------------------------------- parts of a step
+    @property
+    def now_s(self) -> float:
+        """Emulated time."""
+        return float(self._running_world(allow_done=True).clock[0].now_s)
+
+    def _running_world(self, allow_done: bool = False) -> World:
+        if self._world is None or (self._done and not allow_done):
+            raise gym.error.ResetNeeded("call reset() before step(): the episode is over or has not begun")
+        return self._world
+
+    def _charge_decision_time(self) -> float:
+        """Let the policy's thinking time pass in the cluster; returns the time before it."""
+        before_s = self.now_s
+        self.decisions += 1
+        charged = self._settings.decision_time
+        if charged.mode == "fixed":
+            self._pass_time(before_s + charged.fixed_s, stop_at_epoch=False)
+        elif charged.mode == "measured":
+            self._pass_time(before_s + time.perf_counter() - self._decided_at, stop_at_epoch=False)
+        return before_s
+
+    def _pass_time(self, until_s: float, stop_at_epoch: bool) -> None:
+        world = self._running_world()
+        until_s = min(until_s, self._horizon_s)
+        while True:
+            reasons = advance(world, until_s, stop_at_epoch)
+            if self.timeline is not None:
+                self.timeline.take_log(world)
+                self.timeline.sample(world)
+            if reasons != LOG_FULL:
+                break
+        if stop_at_epoch:
+            self._actions_this_epoch = 0
+
+    def _reject(self, lso: Lso) -> None:
+        if self._settings.strict:
+            verb, instance, subject, _ = lso.code()
+            raise InvalidActionError(
+                f"{VERB_NAMES[verb]} is not legal at t={self.now_s:.3f} s: instance {instance}, "
+                f"group or model {subject} ({lso})"
+            )
+        self.invalid_actions += 1
+
+    def _result(self, before_s: float, invalid: bool) -> StepResult:
+        world = self._running_world()
+        clock = world.clock[0]
+        terminated = int(clock.finished + clock.rejected) == len(world.requests)
+        truncated = not terminated and self.now_s >= self._horizon_s
+        if truncated:
+            settle_rest_as_missed(world)
+        reward = float(clock.reward) - self._new_costs(world)
+        clock.reward = 0.0
+        self._return += reward
+        info = self._info(dt=self.now_s - before_s, invalid=invalid)
+        observation = self._observer.observe()
+        info = self._with_mask(info)
+        if terminated or truncated:
+            info["metrics"] = self._metrics()
+            self._done = True
+        self._decided_at = time.perf_counter()
+        return observation, reward, terminated, truncated, info
+
+    def _new_costs(self, world: World) -> float:
+        costs = self._settings.costs
+        if costs.swap == 0 and costs.eviction == 0:
+            return 0.0
+        engine = world.fleet.engine
+        total = costs.swap * float(engine["swaps"].sum()) + costs.eviction * float(engine["evictions"].sum())
+        new = total - self._costs_charged
+        self._costs_charged = total
+        return new
+
+    def _info(self, dt: float, invalid: bool) -> dict[str, Any]:
+        return {"dt": dt, "now_s": self.now_s, "invalid_action": invalid}
+
+    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Add what depends on the rows of the observation just built."""
+        self._fill_mask()
+        info["action_mask"] = self._mask.copy()
+        info["row_groups"] = self._observer.row_groups.copy()
+        return info
+
+    def _fill_mask(self) -> None:
+        only_advance = self._actions_this_epoch >= self._settings.max_actions_per_epoch
+        world = self._running_world(allow_done=True)
+        fill_action_mask(world, self._observer.row_groups, only_advance, self._mask)
+
+    def _metrics(self) -> dict[str, Any]:
+        metrics = episode_metrics(self._running_world(), self._class_names)
+        return metrics | {
+            "invalid_actions": self.invalid_actions,
+            "decisions": self.decisions,
+            "episode_return": self._return,
+        }

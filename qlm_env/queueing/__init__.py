@@ -1,0 +1,1 @@
+"""Request groups and virtual queues: what waits, and in which order it will run."""

@@ -1,0 +1,45 @@
+"""A scenario made ready to run: what it lacks is worked out once, and each seed gives its requests."""
+
+from __future__ import annotations
+
+from qlm_env.profiles import ModelLoad, check_placement, cluster_capacity_per_s
+from qlm_env.requests import RequestTable
+from qlm_env.spec import ClusterSpec, ScenarioSpec, SyntheticWorkload, TraceWorkload
+from qlm_env.workload import build_requests, expected_lengths, load_trace, resolve_load
+
+
+def capacity_per_s(cluster: ClusterSpec, workload: SyntheticWorkload | TraceWorkload) -> float:
+    """Requests per second of this mix and these lengths that the cluster can serve, swaps being free.
+
+    Raises:
+        ConfigError: a model fits no instance, or a profile or trace file cannot be read.
+    """
+    loads = [
+        ModelLoad(entry.model, entry.weight, *lengths)
+        for entry, lengths in zip(workload.mix, expected_lengths(workload), strict=True)
+    ]
+    return cluster_capacity_per_s(cluster, workload.models, loads)
+
+
+class Episodes:
+    """The episodes of a scenario, one per seed.
+
+    A load given as a share of the capacity has become a rate, and a trace is read once.
+
+    Raises:
+        ConfigError: the cluster cannot serve the workload, or a profile or trace file cannot be read.
+    """
+
+    def __init__(self, scenario: ScenarioSpec) -> None:
+        check_placement(scenario.cluster, scenario.workload)
+        workload = scenario.workload
+        self._trace = load_trace(workload) if isinstance(workload, TraceWorkload) else None
+        if isinstance(workload, SyntheticWorkload):
+            workload = resolve_load(workload, capacity_per_s(scenario.cluster, workload))
+        self.scenario = scenario.model_copy(update={"workload": workload})
+        """The scenario with its arrival rate in requests per second."""
+
+    def requests(self, seed: int) -> RequestTable:
+        """The requests of a seed: a function of workload and seed alone."""
+        return build_requests(self.scenario.workload, self.scenario.slo, seed, trace=self._trace)
+

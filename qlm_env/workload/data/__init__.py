@@ -1,0 +1,1 @@
+"""Quantile tables of published request lengths; each names its source and its licence."""

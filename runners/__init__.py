@@ -1,0 +1,1 @@
+"""The `qlm` command: compare and evaluate planners, inspect workloads, measure speed."""

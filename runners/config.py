@@ -1,0 +1,186 @@
+"""What the commands accept: composed values validated into typed configurations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from planners.spec import PLANNER_NAMES, PlannerSpec, parse_planner
+from qlm_env.spec import ConfigError, PositiveInt, ScenarioSpec, Spec, parse
+
+Seed = Annotated[int, Field(ge=0, strict=True)]
+OutPath = Annotated[str, Field(min_length=1)]
+
+
+class NoTracking(Spec):
+    """Results are only written to files."""
+
+    kind: Literal["none"] = "none"
+
+
+class WandbTracking(Spec):
+    """Results are mirrored to Weights & Biases, one run per planner."""
+
+    kind: Literal["wandb"]
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "qlm-env"
+    entity: str | None = None
+
+
+TrackingSpec = Annotated[NoTracking | WandbTracking, Field(discriminator="kind")]
+
+
+class RunOptions(Spec):
+    """The settings of `qlm compare` and `qlm evaluate` beside scenario and planners."""
+
+    seeds: tuple[Seed, ...]
+    out: OutPath
+    jobs: PositiveInt | None = None
+    """Episodes run at once; ``None`` is one per CPU core."""
+    timeline: bool = True
+    tracking: TrackingSpec = NoTracking()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_or_list(cls, value: Any) -> Any:
+        """``3`` is the seeds 0, 1, 2; a list is those seeds."""
+        problem = (
+            f"expected a count of at least 1 or a list of different non-negative integers (got {value!r})"
+        )
+        seeds = range(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(seeds, (range, list, tuple)) or not seeds:
+            raise ValueError(problem)
+        if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise ValueError(problem)
+        return tuple(seeds)
+
+
+class WorkloadOptions(Spec):
+    """The settings of `qlm workload describe`."""
+
+    seed: Seed = 0
+
+
+class ExportOptions(WorkloadOptions):
+    """The settings of `qlm workload export`."""
+
+    out: OutPath
+
+
+class BenchOptions(Spec):
+    """The settings of `qlm bench`."""
+
+    out: OutPath | None = None
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Planners to run over seeds on one scenario, and where the results go."""
+
+    scenario: ScenarioSpec
+    planners: Mapping[str, PlannerSpec]
+    """By the label they carry in the results."""
+    options: RunOptions
+
+    @property
+    def out(self) -> Path:
+        return Path(self.options.out)
+
+    @property
+    def jobs(self) -> int:
+        return self.options.jobs or os.cpu_count() or 1
+
+
+def parse_compare(values: Mapping[str, Any]) -> CompareConfig:
+    """The configuration of `qlm compare`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    scenario, rest = _split_scenario(values)
+    planners = _parse_planners(rest.pop("planner", None))
+    return CompareConfig(scenario, planners, parse(RunOptions, rest))
+
+
+def parse_evaluate(values: Mapping[str, Any]) -> CompareConfig:
+    """The configuration of `qlm evaluate`: that of `qlm compare` with exactly one planner.
+
+    Raises:
+        ConfigError: as :func:`parse_compare`, or more than one planner is given.
+    """
+    config = parse_compare(values)
+    if len(config.planners) > 1:
+        raise ConfigError(
+            f"'planner': qlm evaluate takes one planner (got {', '.join(config.planners)}); "
+            "qlm compare takes several"
+        )
+    return config
+
+
+def _split_scenario(values: Mapping[str, Any]) -> tuple[ScenarioSpec, dict[str, Any]]:
+    """The scenario in ``values`` and the keys beside it."""
+    keys = ScenarioSpec.model_fields
+    scenario = parse(ScenarioSpec, {key: value for key, value in values.items() if key in keys})
+    return scenario, {key: value for key, value in values.items() if key not in keys}
+
+
+def _parse_planners(entries: Any) -> dict[str, PlannerSpec]:
+    if not isinstance(entries, Mapping) or not entries:
+        raise ConfigError(f"'planner': name at least one of {', '.join(PLANNER_NAMES)}")
+    planners: dict[str, PlannerSpec] = {}
+    for label, entry in entries.items():
+        options = dict(entry) if isinstance(entry, Mapping) else {}
+        name = options.pop("name", None)
+        if name is None:
+            # Only an override of an unselected planner's option leaves an entry without a name.
+            raise ConfigError(
+                f"'planner.{label}' is set, but {label} is not selected; add it to planner=[...], "
+                f"or give planner.{label}.name for a variant of that planner"
+            )
+        planners[str(label)] = parse_planner(str(name), options)
+    return planners
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """One workload as one seed and one cluster make it."""
+
+    scenario: ScenarioSpec
+    seed: int
+    out: Path | None = None
+
+
+def parse_workload_describe(values: Mapping[str, Any]) -> WorkloadConfig:
+    """The configuration of `qlm workload describe`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    scenario, rest = _split_scenario(values)
+    return WorkloadConfig(scenario, parse(WorkloadOptions, rest).seed)
+
+
+def parse_workload_export(values: Mapping[str, Any]) -> WorkloadConfig:
+    """The configuration of `qlm workload export`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    scenario, rest = _split_scenario(values)
+    options = parse(ExportOptions, rest)
+    return WorkloadConfig(scenario, options.seed, Path(options.out))
+
+
+def parse_bench(values: Mapping[str, Any]) -> Path | None:
+    """The folder `qlm bench` writes to, or None for the benchmark's own default.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    out = parse(BenchOptions, values).out
+    return None if out is None else Path(out)

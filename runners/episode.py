@@ -1,0 +1,87 @@
+"""One episode: the seam between the commands and the environment.
+
+Everything else in this package knows scenarios, planners and results, and reaches the environment only
+through the functions here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.spec import PlannerSpec
+from qlm_env.profiles import list_profiles
+from qlm_env.requests import RequestTable
+from qlm_env.scenario import Episodes
+from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec
+
+
+class Timeline(Protocol):
+    """A recorded episode that can be drawn."""
+
+    def to_chrome_trace(self) -> dict[str, Any]:
+        """The episode in Chrome's trace event format, which Perfetto opens."""
+        ...
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What one finished episode leaves behind."""
+
+    metrics: dict[str, Any]
+    """The environment's ``info["metrics"]`` at the end of the episode."""
+    workload_hash: str
+    """Identifies the request table, whatever the planner did with it."""
+    decision_ms: NDArray[np.float64] = field(repr=False)
+    """Wall-clock time of each decision of the planner, in milliseconds, shape (decisions,)."""
+    wall_s: float
+    """Wall-clock time of the whole episode, in seconds."""
+    timeline: Timeline | None = field(default=None, repr=False)
+    backend: str = "emulator"
+
+
+def build_workload(scenario: ScenarioSpec, seed: int) -> RequestTable:
+    """The requests that an episode of this seed serves; a load is a share of the cluster's capacity.
+
+    Raises:
+        ConfigError: a model fits no instance, or a profile or trace file cannot be found or read.
+    """
+    _check_profiled(scenario.cluster)
+    return Episodes(scenario).requests(seed)
+
+
+def check_scenario(scenario: ScenarioSpec, seed: int) -> None:
+    """Find in advance what would stop every episode of ``scenario``, such as a missing trace file.
+
+    Raises:
+        ConfigError: one line naming what is wrong.
+    """
+    build_workload(scenario, seed)
+
+
+def _check_profiled(cluster: ClusterSpec) -> None:
+    """Refuse an instance without any profile: it would never serve a request. Mostly a misspelt device."""
+    known = sorted({(key.device, key.tp) for key in list_profiles()})
+    for index, group in enumerate(cluster.instances):
+        if (group.device, group.tp) not in known:
+            allowed = ", ".join(f"{device} tp={tp}" for device, tp in known)
+            raise ConfigError(
+                f"'cluster.instances.{index}': no profile for {group.device} tp={group.tp}; "
+                f"allowed: {allowed}"
+            )
+
+
+def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:
+    """Run ``planner`` through one episode of ``scenario``.
+
+    Args:
+        seed: the only source of randomness; equal arguments give equal metrics.
+        timeline: record what every instance did, for :attr:`EpisodeResult.timeline`.
+
+    Raises:
+        ConfigError: the scenario or the planner cannot be set up as configured.
+    """
+    raise NotImplementedError
