@@ -6,8 +6,7 @@ A continuous batch of ``B`` sequences with mean prompt ``P`` and mean output ``O
 
 as every step decodes ``B`` tokens and prefills the ``B/O`` requests that take the places of finished ones. A
 request then takes ``O*tau``, and the instance admits ``B/(O*tau)`` requests a second. The batch is bounded by slots
-and KV memory. A group of ``n`` requests is admitted over ``n`` such intervals; by the central limit theorem its
-variance is ``n`` times that of one interval, from the spread of output lengths.
+and KV memory; requests beyond it wait for one admission interval each.
 """
 
 from __future__ import annotations
@@ -15,78 +14,72 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from qlm_env.view import ClusterView, GroupView, InstanceView, OutputStatistics
+import numpy as np
+from numpy.typing import NDArray
+
+from qlm_env.spec import EngineSpec
+from qlm_env.view import ClusterView, GroupView, InstanceView
+
+Array: TypeAlias = "float | NDArray[np.float64]"
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceEstimate:
-    """How an instance serves requests of a kind while its batch is as assumed."""
+    """How an instance serves requests of a kind while its batch is as assumed; arrays where the arguments are."""
 
-    interval_s: float
+    interval_s: Array
     """Mean time between admissions."""
-    latency_s: float
+    latency_s: Array
     """Admission to last token of one request."""
-    interval_std_s: float
-    """Standard deviation of the time one request contributes."""
-
-    def group_s(self, requests: int) -> tuple[float, float]:
-        """Mean and standard deviation of the time in which ``requests`` are admitted."""
-        return requests * self.interval_s, math.sqrt(requests) * self.interval_std_s
 
 
-def full_batch(view: ClusterView, placement: Any, prompt_tokens: float, output: OutputStatistics) -> float:
+def full_batch(
+    engine: EngineSpec, placement: Any, prompt_tokens: Array, output_tokens: Array, output_variance_tokens2: Array
+) -> Array:
     """Sequences that fit the batch in steady state: bounded by slots and by KV memory.
 
     A sequence is in the batch for as long as its output, so the mean it holds there is ``P + E[O^2]/(2*E[O])``.
+
+    Args:
+        placement: PLACEMENT_DTYPE, one record or an array.
     """
-    engine = view.scenario.cluster.engine
-    kv_tokens = placement.num_blocks * engine.block_size
-    square = output.variance_tokens2 + output.mean_tokens**2
-    resident_tokens = prompt_tokens + square / (2 * output.mean_tokens)
-    return float(max(1.0, min(engine.max_num_seqs, kv_tokens / resident_tokens)))
+    square = output_variance_tokens2 + output_tokens**2
+    resident_tokens = prompt_tokens + square / (2 * output_tokens)
+    batch = placement["num_blocks"] * engine.block_size / resident_tokens
+    return np.maximum(1.0, np.minimum(engine.max_num_seqs, batch))
 
 
-def estimate_service(
-    placement: Any, batch: float, prompt_tokens: float, output_tokens: float, output_std_tokens: float
-) -> ServiceEstimate:
+def service_of_batch(placement: Any, batch: Array, prompt_tokens: Array, output_tokens: Array) -> ServiceEstimate:
     """Service by a batch of ``batch`` sequences; see the module's formula.
 
     Args:
-        placement: a record with ``c0..c5, n0``.
+        placement: PLACEMENT_DTYPE, one record or an array.
     """
     new_tokens = batch * (1 + prompt_tokens / output_tokens)
     step_s = (
-        placement.c0
-        + placement.c1 * min(new_tokens, placement.n0)
-        + placement.c2 * max(0.0, new_tokens - placement.n0)
-        + placement.c3 * batch * (prompt_tokens + output_tokens / 2)
-        + placement.c4 * batch / output_tokens * prompt_tokens**2 / 2
-        + placement.c5 * batch
+        placement["c0"]
+        + placement["c1"] * np.minimum(new_tokens, placement["n0"])
+        + placement["c2"] * np.maximum(0.0, new_tokens - placement["n0"])
+        + placement["c3"] * batch * (prompt_tokens + output_tokens / 2)
+        + placement["c4"] * batch / output_tokens * prompt_tokens**2 / 2
+        + placement["c5"] * batch
     )
     latency_s = output_tokens * step_s
-    return ServiceEstimate(
-        interval_s=float(latency_s / batch),
-        latency_s=float(latency_s),
-        interval_std_s=float(step_s * output_std_tokens / batch),
-    )
+    return ServiceEstimate(interval_s=latency_s / batch, latency_s=latency_s)
 
 
 def group_service(
-    view: ClusterView, instance: InstanceView, group: GroupView, batch: float | None = None
+    view: ClusterView, instance: InstanceView, group: GroupView, batch: float
 ) -> tuple[ServiceEstimate, float]:
-    """How ``instance`` would serve ``group``, and the batch that is assumed.
-
-    Args:
-        batch: sequences running beside it, itself included, if fewer than a full batch.
-    """
+    """How ``instance`` would serve ``group`` in a batch of ``batch``, and the full batch that bounds it."""
     output = view.output_statistics(group.model, group.slo_class)
     placement = instance.placement(group.model)
-    full = full_batch(view, placement, group.mean_prompt_tokens, output)
-    batch = full if batch is None else max(1.0, min(batch, full))
-    std_tokens = math.sqrt(output.variance_tokens2)
-    return estimate_service(placement, batch, group.mean_prompt_tokens, output.mean_tokens, std_tokens), full
+    prompt_tokens = group.mean_prompt_tokens
+    engine = view.scenario.cluster.engine
+    full = float(full_batch(engine, placement, prompt_tokens, output.mean_tokens, output.variance_tokens2))
+    return service_of_batch(placement, max(1.0, min(batch, full)), prompt_tokens, output.mean_tokens), full
 
 
 def remaining_s(view: ClusterView, instance: InstanceView) -> float:
@@ -95,15 +88,14 @@ def remaining_s(view: ClusterView, instance: InstanceView) -> float:
     A running request is expected to produce its class's mean beyond what it has (memoryless, as the prior is), and
     the last of ``B`` such takes about ``ln(B) + 0.577`` times the mean.
     """
-    running = list(instance.running())
-    if not running or instance.active_model is None:
+    running, model = instance.num_running, instance.active_model
+    if not running or model is None:
         return 0.0
-    means = [view.output_statistics(request.model, request.slo_class).mean_tokens for request in running]
-    mean_tokens = sum(means) / len(means)
-    placement = instance.placement(instance.active_model)
-    prompt_tokens = sum(r.prompt_tokens + r.generated_tokens for r in running) / len(running)
-    service = estimate_service(placement, len(running), prompt_tokens, mean_tokens, 0.0)
-    return float(service.latency_s * (math.log(len(running)) + 0.577 if len(running) > 1 else 1.0))
+    counts = instance.running_per_class()
+    means = np.array([view.output_statistics(model, c).mean_tokens for c in range(len(counts))])
+    context_tokens = instance.used_blocks * view.scenario.cluster.engine.block_size / running
+    service = service_of_batch(instance.placement(model), running, context_tokens, float(counts @ means) / running)
+    return float(service.latency_s * (math.log(running) + 0.577 if running > 1 else 1.0))
 
 
 def completion_s(view: ClusterView, instance: InstanceView, ahead: Sequence[int], group: GroupView) -> float:
@@ -133,4 +125,4 @@ def completion_s(view: ClusterView, instance: InstanceView, ahead: Sequence[int]
 def _drain_s(view: ClusterView, instance: InstanceView, group: GroupView, present: int) -> float:
     """Time until ``present`` requests like those of ``group`` have been admitted, and the last has finished."""
     service, full = group_service(view, instance, group, float(present))
-    return max(0.0, present - full) * service.interval_s + service.latency_s
+    return float(max(0.0, present - full) * service.interval_s + service.latency_s)

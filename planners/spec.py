@@ -67,7 +67,9 @@ class QlmSpec(Spec):
     evict: bool = True
     keep_kv: bool = True
     warm_start: bool = True
-    swap_weight: NonNegativeFloat = 1.0
+    hold_s: NonNegativeFloat = 10.0
+    """A group may be left in no queue when running it now would make others miss; it is reconsidered after so long."""
+    swap_weight: NonNegativeFloat = 0.1
     """Cost of a swap: this many times the requests the instance could have served meanwhile."""
 
 

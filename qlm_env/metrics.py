@@ -22,13 +22,12 @@ def episode_metrics(world: World, class_names: list[str]) -> Metrics:
 
     Requests:
 
-    - ``requests``, ``finished``, ``rejected`` (can never run), ``unfinished`` (the rest): counts. They
-      add up.
-    - ``slo_attainment``: share of all requests that met their target, on the latency of ``slo.metric``. Rejected
-      requests and those not served by the end have missed; under ``ttft`` a request whose first token came
-      in time has met its target even if it did not finish.
-    - ``slo_attainment_weighted``: the same with each request counted by the weight of its class. The return of the
-      episode, operation costs aside, is ``2 * slo_attainment_weighted - 1``.
+    - ``requests``, and of them ``finished``, ``rejected`` (can never run) and ``unfinished`` (the rest).
+    - ``slo_attainment``: share of all requests that met their target, on the latency of ``slo.metric``.
+      Rejected requests and those not served by the end have missed; under ``ttft`` a request whose first
+      token came in time has met its target even if it did not finish.
+    - ``slo_attainment_weighted``: the same with each request counted by the weight of its class. The return
+      of the episode, operation costs aside, is ``2 * slo_attainment_weighted - 1``.
     - ``slo_attainment_per_class``: by class name, for the classes that have requests.
 
     Throughput, per second of the episode:
@@ -37,30 +36,32 @@ def episode_metrics(world: World, class_names: list[str]) -> Metrics:
     - ``token_throughput_per_s``: output tokens of finished requests.
     - ``goodput_per_s``: requests that met their target.
 
-    Latency in seconds, 50th and 99th percentile (linear interpolation) over finished requests; also per
-    class in ``latency_per_class``:
+    Latency in seconds, 50th and 99th percentile (linear interpolation) over finished requests, such as
+    ``ttft_p50_s``; ``latency_per_class`` holds the same by class name:
 
     - ``ttft``: arrival to first token.
-    - ``tpot``: first to last token, over the output tokens after the first; requests with one output token have
-      none. Waits after an eviction or preemption are part of it, as a client would see.
+    - ``tpot``: first to last token, over the output tokens after the first; requests with one output token
+      have none. Waits after an eviction or preemption are part of it, as a client sees them.
     - ``e2e``: arrival to last token.
     - ``queueing``: arrival to first entry into a batch.
+
+    Waiting and use:
+
     - ``hol_blocking_s``: head-of-line blocking, the time in which an instance's next request had no room in
       the batch while a request with a longer target was running there; summed over instances.
-
-    Use:
-
     - ``utilisation``: share of instance time spent in engine steps; failed instances count as not used.
       ``utilisation_per_instance`` lists each.
-    - ``kv_occupancy``: KV blocks in use over the blocks the instance has with the model that leaves it most,
-      averaged over the time in engine steps. Up to one leap of decode steps is counted at its final use.
+    - ``kv_occupancy``: KV blocks in use, averaged over the time in engine steps, over the blocks an instance
+      has with the model that leaves it most; so it stays below 1 where other models run. A leap of decode
+      steps is counted with the blocks in use at its end.
 
     Operations, summed over instances:
 
     - ``swaps``: model swaps begun; ``warm_hits`` of them found the weights in host memory, ``cold_starts``
-      loaded them from storage. ``swapping_s``: time instances spent in them.
-    - ``warm_starts``: stagings of weights to host memory begun.
-    - ``evictions``, ``preemptions``: requests that left a batch by an ``evict``, or because KV blocks ran out.
+      loaded them from storage. ``swapping_s``: instance time spent in them.
+    - ``warm_starts``: stagings of weights into host memory begun.
+    - ``evictions``: requests an ``evict`` took out of a batch; ``preemptions``: those the engine took out
+      because KV blocks ran out.
     - ``recomputed_tokens``: tokens whose KV cache was computed and lost before its request finished.
     - ``kv_swapped_bytes``: KV cache moved between GPU and host memory, both ways added.
     - ``emulated_s``: length of the episode.
@@ -114,7 +115,7 @@ def episode_metrics(world: World, class_names: list[str]) -> Metrics:
 
 
 def _over(amount: float | np.number[Any], episode_s: float) -> float:
-    """An amount per second of the episode; one of no length, all of it rejected at once, has served nothing."""
+    """An amount per second of the episode. One of no length, all rejected at once, has served nothing."""
     return float(amount) / episode_s if episode_s > 0 else 0.0
 
 

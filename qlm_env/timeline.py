@@ -29,7 +29,7 @@ from qlm_env.dynamics import (
     WARM_END,
     World,
 )
-from qlm_env.requests import NOWHERE, Records
+from qlm_env.requests import NOWHERE
 from qlm_env.workload.atomic import atomic_path
 
 TIMELINE_EVENT_DTYPE = np.dtype(
@@ -44,14 +44,17 @@ TIMELINE_EVENT_DTYPE = np.dtype(
 )
 
 MAX_SAMPLES = 4096
-
-CLUSTER_PID = 1
-FIRST_INSTANCE_PID = 2
-"""Process ids start at 1: Perfetto takes process 0 for the idle process of an operating system."""
+MAX_COUNTED = 100_000
+"""States of an instance that the counters of a trace show; of more, they show every second or k-th sample."""
 
 TRACKS = ("model", "warm start", "balance", "pull", "evict", "preempt")
 MODEL_TID, WARM_START_TID = 1, 2
 MARK_TIDS = {kind: 1 + TRACKS.index(EVENT_NAMES[kind]) for kind in (BALANCE, PULL, EVICT, PREEMPT)}
+
+CLUSTER_PID = 100
+FIRST_INSTANCE_PID = 101
+"""Larger than every thread id: Perfetto takes a thread with the id of its process for the main thread, and
+process 0 for the idle process of an operating system."""
 
 TraceEvent = dict[str, Any]
 
@@ -146,7 +149,7 @@ class Timeline:
         count = int(world.clock[0].events)
         if count == 0:
             return
-        entries: Records = world.log[:count]
+        entries = world.log[:count]
         rows = self._events.extend(count)
         for name in ("time_s", "kind", "instance", "count"):
             rows[name] = entries[name]
@@ -188,9 +191,9 @@ class Timeline:
     def to_chrome_trace(self) -> dict[str, Any]:
         """The timeline as a JSON object in the Chrome trace format.
 
-        Times are whole microseconds of emulated time. Complete events (``X``) are models on GPUs, model loading,
-        failures and warm starts; instants (``i``) are the other operations, with their number of requests; counters
-        (``C``) are given where they change.
+        Times are whole microseconds of emulated time. Complete events (``X``) are models on GPUs, model
+        loading, failures and warm starts; instants (``i``) are the other operations, with their number of
+        requests; counters (``C``) are given where they change.
         """
         trace = self._metadata()
         trace += self._model_slices()
@@ -210,15 +213,13 @@ class Timeline:
         names = ["cluster", *(f"instance {instance.name}" for instance in self.instances)]
         trace: list[TraceEvent] = []
         for pid, name in enumerate(names, start=CLUSTER_PID):
-            trace.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
-            trace.append({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}})
-            if pid < FIRST_INSTANCE_PID:
-                continue
-            for tid, track in enumerate(TRACKS, start=1):
-                trace.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track}})
-                trace.append(
-                    {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
-                )
+            process = {"ph": "M", "pid": pid}
+            trace.append(process | {"name": "process_name", "args": {"name": name}})
+            trace.append(process | {"name": "process_sort_index", "args": {"sort_index": pid}})
+            for tid, track in enumerate(TRACKS if pid >= FIRST_INSTANCE_PID else (), start=1):
+                thread = process | {"tid": tid}
+                trace.append(thread | {"name": "thread_name", "args": {"name": track}})
+                trace.append(thread | {"name": "thread_sort_index", "args": {"sort_index": tid}})
         return trace
 
     def _of_kinds(self, *kinds: int) -> list[tuple[int, int, int, int]]:
@@ -302,17 +303,17 @@ class Timeline:
         return marks
 
     def _counters(self) -> list[TraceEvent]:
-        samples = self.samples
+        samples = self.samples[:: 1 + len(self.samples) * len(self.instances) // MAX_COUNTED]
         times = np.array(_microseconds(samples["time_s"]), dtype=np.int64)
         settled = np.maximum(1, samples["settled"])
-        counters = _counter(
-            CLUSTER_PID, "requests", times, {
-                "running": samples["running"].sum(axis=1),
-                "queued": samples["waiting"].sum(axis=1),
-                "unqueued": samples["unqueued"],
-            },
-        )
-        counters += _counter(CLUSTER_PID, "SLO attainment", times, {"percent": 100 * samples["met"] // settled})
+        cluster = {
+            "running": samples["running"].sum(axis=1),
+            "waiting": samples["waiting"].sum(axis=1),
+            "in no queue": samples["unqueued"],
+        }
+        counters = _counter(CLUSTER_PID, "requests", times, cluster)
+        attainment = {"percent": 100 * samples["met"] // settled}
+        counters += _counter(CLUSTER_PID, "SLO attainment", times, attainment)
         kv_percent = np.round(100 * samples["kv_used"]).astype(np.int64)
         for i in range(len(self.instances)):
             pid = FIRST_INSTANCE_PID + i
@@ -329,7 +330,8 @@ def _microseconds(time_s: NDArray[np.float64]) -> list[int]:
 
 
 def _slice(name: str, i: int, tid: int, start: int, stop: int) -> TraceEvent:
-    return {"ph": "X", "name": name, "pid": FIRST_INSTANCE_PID + i, "tid": tid, "ts": start, "dur": stop - start}
+    pid = FIRST_INSTANCE_PID + i
+    return {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": start, "dur": stop - start}
 
 
 def _counter(

@@ -6,17 +6,24 @@ through the functions here.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planners import make_planner
 from planners.spec import PlannerSpec
+from qlm_env.env import QLMEnv
 from qlm_env.profiles import list_profiles
 from qlm_env.requests import RequestTable
 from qlm_env.scenario import Episodes
 from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec
+
+
+PLANNER_STREAM = 1000
+"""Spawn key of a planner's random stream, apart from those of the workload."""
 
 
 class Timeline(Protocol):
@@ -84,4 +91,24 @@ def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, time
     Raises:
         ConfigError: the scenario or the planner cannot be set up as configured.
     """
-    raise NotImplementedError
+    env = QLMEnv(
+        scenario.cluster.model_dump(),
+        scenario.workload.model_dump(),
+        scenario.slo.model_dump(),
+        scenario.environment.model_dump(),
+        timeline=timeline,
+    )
+    policy = make_planner(planner)
+    start = time.perf_counter()
+    _, info = env.reset(seed=seed)
+    # A stream of its own: what a planner draws must not depend on how the workload was drawn.
+    policy.reset(env.view, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(PLANNER_STREAM,))))
+    workload_hash = info["workload_hash"]
+    decision_ms: list[float] = []
+    while "metrics" not in info:
+        begin = time.perf_counter()
+        lsos = policy.act(env.view)
+        decision_ms.append(1e3 * (time.perf_counter() - begin))
+        info = env.step_plan(lsos)[-1]
+    wall_s = time.perf_counter() - start
+    return EpisodeResult(info["metrics"], workload_hash, np.array(decision_ms), wall_s, env.timeline)

@@ -1,0 +1,135 @@
+"""The cost of a virtual queue and the plans built on it, against plain and exhaustive versions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from planners.qlm.construct import evaluate, improve, insert_all
+from planners.qlm.cost import MIN_STD_S, WAIT_ERROR, cost_of_holding, cost_of_queue
+from planners.qlm.planner import Plan
+from planners.qlm.problem import DELAY_COST_PER_S, Problem
+from tests.planners.problems import random_problem
+
+
+def normal_cdf(x: float) -> float:
+    return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
+
+
+def plain_group_cost(problem: Problem, g: int, first_s: float, last_s: float, latency_s: float) -> float:
+    misses, delays = [], []
+    for point in (1 / 6, 1 / 2, 5 / 6):
+        wait_s = first_s + point * (last_s - first_s)
+        deadline_s = problem.first_slack_s[g] + point * (problem.last_slack_s[g] - problem.first_slack_s[g])
+        std_s = math.hypot(math.hypot(latency_s * problem.output_cv[g], WAIT_ERROR * wait_s), MIN_STD_S)
+        misses.append(normal_cdf((wait_s + latency_s - deadline_s) / std_s))
+        delays.append(wait_s + latency_s)
+    expected = problem.weight[g] * np.mean(misses) + DELAY_COST_PER_S * np.mean(delays)
+    return float(problem.requests[g] * expected)
+
+
+def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
+    """The same cost, run of one model by run, without incremental state across runs."""
+    time_s, model = problem.ready_s[i], problem.start_model[i]
+    present, drain_s, cost = problem.present[i], problem.drain_s[i], 0.0
+    for run_model, run in itertools.groupby(queue, key=lambda g: problem.model[g]):
+        groups = list(run)
+        if run_model != model:
+            swap_s = problem.load_s[i, run_model] + (problem.unload_s[i, model] if model >= 0 else 0.0)
+            cost += problem.swap_cost[i] * (0.5 * drain_s + swap_s)
+            time_s += drain_s + swap_s
+            model, present = run_model, 0.0
+        together = present + sum(problem.requests[g] for g in groups)
+        waited_s = 0.0
+        for g in groups:
+            full, interval_s = problem.batch[g, i], problem.interval_s[g, i]
+            latency_s = problem.latency_s[g, i] + problem.latency_growth_s[g, i] * (min(full, together) - 1)
+            first_s = max(waited_s, interval_s * (present + 1 - full))
+            present += problem.requests[g]
+            waited_s = max(first_s, interval_s * (present - full))
+            cost += plain_group_cost(problem, g, time_s + first_s, time_s + waited_s, latency_s)
+            drain_s = waited_s + latency_s
+    return cost
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_queue_cost_agrees_with_the_plain_version(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, 8, 3)
+    for i in range(3):
+        queue = rng.permutation(8)[: rng.integers(0, 9)].astype(np.int32)
+        expected = plain_queue_cost(problem, i, queue.tolist())
+        assert cost_of_queue(problem, i, queue) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_swap_delays_what_comes_after_it() -> None:
+    problem = random_problem(np.random.default_rng(0), 2, 1, num_models=2)
+    problem.model[:] = [0, 1]
+    problem.start_model[:] = 0
+    alone = cost_of_queue(problem, 0, np.array([1], np.int32))
+    behind = cost_of_queue(problem, 0, np.array([0, 1], np.int32)) - cost_of_queue(problem, 0, np.array([0], np.int32))
+    problem.model[:] = 0
+    without = cost_of_queue(problem, 0, np.array([1], np.int32))
+    assert without < alone
+    assert behind >= 0
+
+
+def build(problem: Problem, order: list[int], at_end: bool = False) -> Plan:
+    plan = Plan.empty(problem.allowed.shape[1], problem.allowed.shape[0])
+    plan.total = insert_all(problem, np.array(order, np.int32), at_end, plan.sequence, plan.length, plan.costs)
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_hold_every_group_once_where_it_may_run(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, 12, 4)
+    plan = build(problem, rng.permutation(12).tolist(), at_end=bool(seed % 2))
+    improved = plan.copy()
+    order = rng.permutation(12).astype(np.int32)
+    improved.total = improve(problem, order, improved.sequence, improved.length, improved.costs, 3)
+    for candidate in (plan, improved):
+        assert sorted(g for i in range(5) for g in candidate.queue(i)) == list(range(12))
+        assert all(problem.allowed[g, i] for i in range(4) for g in candidate.queue(i))
+        costs = [plain_queue_cost(problem, i, candidate.queue(i)) for i in range(4)]
+        held = sum(cost_of_holding(problem, g) for g in candidate.queue(4))
+        assert candidate.total == pytest.approx(sum(costs) + held, rel=1e-9)
+    assert improved.total <= plan.total + 1e-9
+    assert evaluate(problem, plan.sequence, plan.length, plan.costs) == pytest.approx(plan.total)
+
+
+def best_by_brute_force(problem: Problem) -> float:
+    """Every assignment (or holding back) and every order."""
+    num_groups, num_instances = problem.allowed.shape
+    best = math.inf
+    cheapest: dict[tuple[int, frozenset[int]], float] = {}
+    for i in range(num_instances):
+        for size in range(num_groups + 1):
+            for chosen in itertools.combinations(range(num_groups), size):
+                orders = itertools.permutations(chosen)
+                cheapest[i, frozenset(chosen)] = min(plain_queue_cost(problem, i, list(o)) for o in orders)
+    for assignment in itertools.product(range(num_instances + 1), repeat=num_groups):
+        if all(i == num_instances or problem.allowed[g, i] for g, i in enumerate(assignment)):
+            parts = [frozenset(g for g, a in enumerate(assignment) if a == i) for i in range(num_instances)]
+            held = [g for g, a in enumerate(assignment) if a == num_instances]
+            cost = sum(cheapest[i, part] for i, part in enumerate(parts))
+            best = min(best, cost + sum(cost_of_holding(problem, g) for g in held))
+    return best
+
+
+def test_insertion_and_improvement_come_close_to_the_optimum() -> None:
+    ratios = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        problem = random_problem(rng, 5, 2)
+        order = np.argsort(problem.first_slack_s, kind="stable").astype(np.int32)
+        plan = build(problem, order.tolist())
+        total = improve(problem, order, plan.sequence, plan.length, plan.costs, 3)
+        best = best_by_brute_force(problem)
+        assert total >= best - 1e-9
+        ratios.append(total / best)
+    assert np.median(ratios) < 1.01
+    assert max(ratios) < 1.2
