@@ -6,9 +6,9 @@ To add a planner: a :class:`~planners.base.Planner` in a module of its own, its 
 
 from planners.base import Planner
 from planners.dispatch import (
+    EarliestCompletion,
     FewestRequests,
     InTurn,
-    EarliestCompletion,
     ListPlanner,
     by_arrival,
     by_deadline,

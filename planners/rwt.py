@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlm_env.spec import EngineSpec
 from qlm_env.view import ClusterView, GroupView, InstanceView
 
-Array: TypeAlias = "float | NDArray[np.float64]"
+Array: TypeAlias = Any
+"""A float or an array of floats: a formula gives back what it is given."""
 
 
 @dataclass(frozen=True, slots=True)

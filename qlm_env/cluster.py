@@ -27,6 +27,7 @@ from qlm_env.spec import ClusterSpec, FailureSpec, GroupingSpec, ModelSpec, Scen
 COEFFICIENTS = ("c0", "c1", "n0", "c2", "c3", "c4", "c5")
 
 LOG_ENTRIES = 1 << 14
+"""Event log, at least; it always has room for several entries per batch slot, as one event may write."""
 
 
 class InstanceName(NamedTuple):
@@ -113,7 +114,8 @@ def max_group_members(fleet: Fleet, grouping: GroupingSpec) -> Int:
     blocks = fleet.placement["num_blocks"]
     batch = np.minimum(fleet.max_num_seqs, blocks * fleet.block_size / grouping.typical_request_tokens)
     average = batch.sum(axis=0) / np.maximum(1, (blocks > 0).sum(axis=0))
-    return np.maximum(1, np.round(grouping.delta * average)).astype(np.int32)
+    members: Int = np.maximum(1, np.round(grouping.delta * average)).astype(np.int32)
+    return members
 
 
 def make_failures(failures: tuple[FailureSpec, ...]) -> Records:
@@ -123,7 +125,9 @@ def make_failures(failures: tuple[FailureSpec, ...]) -> Records:
     return np.array(sorted(events), FAILURE_DTYPE).view(np.recarray)
 
 
-def make_world(scenario: ScenarioSpec, requests: RequestTable, *, logging: bool, profile_folder: Path | None = None) -> World:
+def make_world(
+    scenario: ScenarioSpec, requests: RequestTable, *, logging: bool, profile_folder: Path | None = None
+) -> World:
     """A fresh episode of ``scenario`` on ``requests``, whose state is reset.
 
     Args:
@@ -150,7 +154,7 @@ def make_world(scenario: ScenarioSpec, requests: RequestTable, *, logging: bool,
         ),
         clock=np.zeros(1, CLOCK_DTYPE).view(np.recarray),
         failures=make_failures(scenario.cluster.failures),
-        log=np.zeros(LOG_ENTRIES if logging else 0, EVENT_DTYPE).view(np.recarray),
+        log=np.zeros(max(LOG_ENTRIES, 16 * fleet.max_num_seqs) if logging else 0, EVENT_DTYPE).view(np.recarray),
         slo=slo,
         class_rows=np.argsort(requests["slo_class"], kind="stable").astype(np.int32),
         finished=np.zeros(fleet.max_num_seqs, np.int32),

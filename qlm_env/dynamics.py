@@ -23,9 +23,12 @@ from qlm_env.backends.emulator.engine import (
     release,
     try_admit,
 )
+from qlm_env.backends.emulator.host_kv import discard, evict
 from qlm_env.backends.emulator.residency import (
     activate,
+    can_ever_run,
     finish_staging,
+    fits,
     power_off,
     start_staging,
     start_swap,
@@ -38,6 +41,7 @@ from qlm_env.requests import (
     MET,
     MISSED,
     NO_INSTANCE,
+    NOT_REJECTED,
     NOWHERE,
     REJECTED,
     TOO_LONG,
@@ -138,12 +142,7 @@ def record(world: World, kind: int, instance: int, subject: int, count: int) -> 
     clock = world.clock[0]
     if clock.events > 0:
         last = world.log[clock.events - 1]
-        if (
-            last.kind == kind
-            and last.instance == instance
-            and last.subject == subject
-            and last.time_s == clock.now_s
-        ):
+        if last.kind == kind and last.instance == instance and last.subject == subject and last.time_s == clock.now_s:
             last.count += count
             return
     if clock.events < len(world.log):
@@ -170,40 +169,45 @@ def settle(world: World, r: int, outcome: int) -> None:
 
 
 @kernel
-def _latency_reached_s(world: World, r: int) -> float:
-    """When the event its SLO is measured on happened; NaN if it has not."""
+def _deadline_s(world: World, r: int) -> float:
+    return world.requests[r].arrival_s + world.slo[world.requests[r].slo_class].target_s
+
+
+@kernel
+def _in_time(world: World, r: int) -> bool:
+    """Whether the event its SLO is measured on has happened, and not after the deadline."""
     request = world.requests[r]
-    return request.first_token_s if world.slo_metric == TTFT else request.finish_s
+    reached_s = request.first_token_s if world.slo_metric == TTFT else request.finish_s
+    # NaN, where it has not happened, compares false.
+    return bool(reached_s <= _deadline_s(world, r))
 
 
 @kernel
 def settle_up_to_now(world: World) -> None:
     """Settle what was served by now, and as missed what should have been."""
-    requests = world.requests
     now_s = world.clock[0].now_s
     if world.slo_metric == TTFT:
         for i in range(len(world.fleet.engine)):
             for slot in range(world.fleet.engine[i].num_running):
                 r = world.fleet.slot[i, slot].request
-                if requests[r].first_token_s <= requests[r].arrival_s + world.slo[requests[r].slo_class].target_s:
+                if _in_time(world, r):
                     settle(world, r, MET)
     for c in range(len(world.slo)):
         cursor = world.slo[c].next_row
         while cursor < world.slo[c].end_row:
             r = world.class_rows[cursor]
-            deadline_s = requests[r].arrival_s + world.slo[c].target_s
-            if deadline_s >= now_s:
+            if _deadline_s(world, r) >= now_s:
                 break
-            settle(world, r, MET if _latency_reached_s(world, r) <= deadline_s else MISSED)
+            settle(world, r, MET if _in_time(world, r) else MISSED)
             cursor += 1
         world.slo[c].next_row = cursor
 
 
 @compiled
 def settle_rest_as_missed(world: World) -> None:
-    """The episode is cut off: what has no outcome yet has missed."""
+    """The episode is cut off: what has not reached its target's event by now has missed."""
     for r in range(len(world.requests)):
-        settle(world, r, MISSED)
+        settle(world, r, MET if _in_time(world, r) else MISSED)
 
 
 # --------------------------------------------------------------------------- engine boundaries
@@ -218,6 +222,15 @@ def _return_to_group(world: World, r: int) -> None:
 
 
 @kernel
+def _discard_kept_kv(world: World, g: int) -> None:
+    """Drop what host memory keeps of the group's waiting requests."""
+    r = world.queues.group[g].head
+    while r != NOWHERE:
+        discard(world.fleet, world.requests, r)
+        r = world.requests[r].next
+
+
+@kernel
 def _return_engine_queue(world: World, i: int) -> None:
     r = dequeue(world.fleet, world.requests, i)
     while r != NOWHERE:
@@ -229,39 +242,27 @@ def _return_engine_queue(world: World, i: int) -> None:
 def _evict(world: World, i: int) -> float:
     """Carry out the pending eviction; returns the seconds its copies to host memory take.
 
-    Whatever is not of the head group leaves the engine. With ``keep_kv`` the cached tokens of each go to
-    host memory while it has room; what does not fit is dropped.
+    Whatever is not of the head group leaves the engine.
     """
     fleet, requests = world.fleet, world.requests
     engine = fleet.engine[i]
-    placement = fleet.placement[i, engine.active_model]
     keep = engine.pending_eviction == EVICT_KEEP
     engine.pending_eviction = NO_EVICTION
     head = world.queues.queue[i].head
     copied_bytes = 0.0
     count = 0
     for slot in range(engine.num_running - 1, -1, -1):
-        if requests[fleet.slot[i, slot].request].group == head:
-            continue
-        r = release(fleet, requests, i, slot, 0)
-        kv_bytes = requests[r].computed_tokens * placement.kv_bytes_per_token
-        if keep and kv_bytes > 0 and engine.host_kv_used_bytes + kv_bytes <= engine.host_kv_bytes:
-            requests[r].kv_host = i
-            engine.host_kv_used_bytes += kv_bytes
-            copied_bytes += kv_bytes
-        else:
-            drop_kv(requests, r)
-        requests[r].evictions += 1
-        engine.evictions += 1
-        count += 1
-        _return_to_group(world, r)
+        r = fleet.slot[i, slot].request
+        if requests[r].group != head:
+            copied_bytes += evict(fleet, requests, i, slot, keep)
+            count += 1
+            _return_to_group(world, r)
     r = engine.queue_head
     if r != NOWHERE and requests[r].group != head:
         # The engine's own queue holds preempted requests of earlier groups, without KV.
         _return_engine_queue(world, i)
     record(world, EVICT, i, NOWHERE, count)
-    engine.kv_swapped_bytes += copied_bytes
-    return copied_bytes / placement.kv_swap_bytes_per_s
+    return copied_bytes / fleet.placement[i, engine.active_model].kv_swap_bytes_per_s
 
 
 @kernel
@@ -316,6 +317,7 @@ def _schedule(world: World, i: int, admit: bool) -> int:
             record(world, PULL, i, g, 1)
             if queues.group[g].waiting == 0:
                 unlink(queues, g)
+                queue.pull_requested = 0
                 epoch |= HEAD_EMPTIED
         if not must_reschedule(fleet, i):
             break
@@ -405,10 +407,8 @@ def _engine_event(world: World, i: int) -> int:
     elif engine.steps > 0:
         for k in range(finish_leap(world.fleet, world.requests, i, world.finished)):
             r = world.finished[k]
-            request = world.requests[r]
             world.clock[0].finished += 1
-            deadline_s = request.arrival_s + world.slo[request.slo_class].target_s
-            settle(world, r, MET if _latency_reached_s(world, r) <= deadline_s else MISSED)
+            settle(world, r, MET if _in_time(world, r) else MISSED)
             note_finished(world.queues, world.requests, r)
     else:
         engine.next_event_s = NEVER
@@ -436,13 +436,9 @@ def _fail(world: World, i: int) -> None:
         group = queues.group[queues.live[k]]
         if group.queue == i:
             group.queue = NOWHERE
-            r = group.head
-            while r != NOWHERE:
-                if requests[r].kv_host == i:
-                    drop_kv(requests, r)
-                r = requests[r].next
+            _discard_kept_kv(world, queues.live[k])
     queues.queue[i].pull_requested = 0
-    power_off(fleet, i)
+    power_off(fleet, i, world.clock[0].now_s)
     record(world, FAIL, i, NOWHERE, 0)
 
 
@@ -476,7 +472,7 @@ def advance(world: World, until_s: float, stop_at_epoch: bool) -> int:
     for i in range(num_instances):
         # What this pulls is the effect of the decision just taken, not news that calls for another.
         poke(world, i)
-    while True:
+    while clock.finished + clock.rejected < len(requests):
         arrival_s = requests[clock.next_arrival].arrival_s if clock.next_arrival < len(requests) else NEVER
         failure_s = world.failures[clock.next_failure].time_s if clock.next_failure < len(world.failures) else NEVER
         engine_s = NEVER
@@ -511,8 +507,6 @@ def advance(world: World, until_s: float, stop_at_epoch: bool) -> int:
             epoch |= MODEL_READY
         else:
             epoch |= _engine_event(world, busy)
-        if clock.finished + clock.rejected == len(requests):
-            break
     for i in range(num_instances):
         catch_up(fleet, i, clock.now_s)
     settle_up_to_now(world)
@@ -523,19 +517,10 @@ def advance(world: World, until_s: float, stop_at_epoch: bool) -> int:
 @kernel
 def balance(world: World, g: int, i: int, front: bool) -> None:
     """Put a group into a virtual queue; KV kept at another host is dropped."""
-    group = world.queues.group[g]
-    if group.queue != NOWHERE and group.queue != i:
-        old = world.fleet.engine[group.queue]
-        kv_bytes_per_token = world.fleet.placement[group.queue, group.model].kv_bytes_per_token
-        r = group.head
-        while r != NOWHERE:
-            request = world.requests[r]
-            if request.kv_host == group.queue:
-                old.host_kv_used_bytes -= request.computed_tokens * kv_bytes_per_token
-                drop_kv(world.requests, r)
-            r = request.next
+    if world.queues.group[g].queue != i:
+        _discard_kept_kv(world, g)
     place(world.queues, g, i, front)
-    record(world, BALANCE, i, g, group.waiting)
+    record(world, BALANCE, i, g, world.queues.group[g].waiting)
 
 
 @kernel
@@ -551,18 +536,12 @@ def find_unservable(world: World) -> None:
     fleet, requests = world.fleet, world.requests
     for r in range(len(requests)):
         request = requests[r]
-        needed = request.prompt_tokens + request.output_tokens - 1
         reason = NO_INSTANCE
         for i in range(len(fleet.engine)):
-            placement = fleet.placement[i, request.model]
-            if placement.num_blocks == 0:
+            if not fits(fleet, i, request.model):
                 continue
             reason = TOO_LONG
-            if (
-                request.prompt_tokens + request.output_tokens <= placement.context_tokens
-                and needed <= placement.num_blocks * fleet.block_size
-                and (fleet.chunked_prefill or needed <= fleet.max_num_batched_tokens)
-            ):
-                reason = 0
+            if can_ever_run(fleet, requests, i, r):
+                reason = NOT_REJECTED
                 break
         request.reject_reason = reason

@@ -1,15 +1,16 @@
 """The Gymnasium environment: one emulated cluster, LLM serving operations as actions.
 
-Data flow of a step: the action becomes an LSO (:mod:`.lso`), the policy's thinking time passes, the LSO is applied,
-``advance`` lets time pass to the next decision epoch (:mod:`.dynamics`), and reward, observation
-(:mod:`.observation`) and mask are read off the arrays.
+Data flow of a step: the action becomes an LSO (:mod:`.lso`) and the policy's thinking time passes. Then, in one
+compiled call (:mod:`.epoch`), the LSO is applied or time passes to the next decision epoch (:mod:`.dynamics`), and
+observation (:mod:`.observation`) and mask are written. Reward and time are read off the clock.
 """
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -17,11 +18,12 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from qlm_env.cluster import instance_names, make_world
-from qlm_env.dynamics import LOG_FULL, World, advance, settle_rest_as_missed
+from qlm_env.dynamics import CLOCK_DTYPE, LOG_FULL, World
+from qlm_env.epoch import ILLEGAL, decide
 from qlm_env.errors import InvalidActionError
-from qlm_env.lso import VERB_NAMES, ActionCodec, Advance, Lso, apply_lso, fill_action_mask, is_legal
+from qlm_env.lso import VERB_NAMES, ActionCodec, Advance, Lso, apply_lso
 from qlm_env.metrics import episode_metrics
-from qlm_env.observation import Float32, Observer, observation_space
+from qlm_env.observation import Float32, Panel, make_panel, observation_space
 from qlm_env.presets import make_scenario
 from qlm_env.render import draw_frame, draw_text
 from qlm_env.requests import RequestTable, workload_hash
@@ -63,7 +65,7 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         ConfigError: a setting is wrong; one line that names it and what is allowed.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
         self,
@@ -88,9 +90,10 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         self._settings = self.scenario.environment
         self.codec = ActionCodec(self._settings.max_groups, len(self.instance_names), len(self._model_names))
         self.action_space = spaces.Discrete(self.codec.num_actions)
-        self.observation_space = observation_space(
+        self._observations = observation_space(
             self._settings.max_groups, len(self.instance_names), len(self._model_names), len(self._class_names)
         )
+        self.observation_space = cast("spaces.Space[Observation]", self._observations)
         self._keep_timeline = timeline or render_mode is not None
         self.timeline: Timeline | None = None
         self._world: World | None = None
@@ -112,9 +115,9 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         """Start an episode on a given request table, whose state is reset."""
         world = make_world(self.scenario, requests, logging=self._keep_timeline)
         self._world = world
+        self._clock = world.clock.view(CLOCK_DTYPE, np.ndarray)[0]
+        self._panel: Panel = make_panel(self._observations, len(requests), self.codec.num_actions)
         self.workload_hash = workload_hash(requests)
-        self._observer = Observer(world, self._settings.max_groups)
-        self._mask = np.zeros(self.codec.num_actions, np.int8)
         self._actions_this_epoch = 0
         self.invalid_actions = 0
         self.decisions = 0
@@ -126,10 +129,9 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             self.timeline = Timeline(self.instance_names, self._model_names)
         self.view = ClusterView(world, self.scenario, self.instance_names)
         self._pass_time(float(requests["arrival_s"][0]), stop_at_epoch=True)
-        info = self._info(dt=self.now_s, invalid=False)
-        info["workload_hash"] = self.workload_hash
+        info = self._info(dt=self.now_s, invalid=False) | {"workload_hash": self.workload_hash}
         self._decided_at = time.perf_counter()
-        return self._observer.observe(), self._with_mask(info)
+        return self._panel.observation(), info
 
     def step(self, action: int | np.integer[Any]) -> StepResult:
         """Take one action.
@@ -138,21 +140,20 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             InvalidActionError: the action is outside the space, or illegal in strict mode.
             gymnasium.error.ResetNeeded: the episode is over.
         """
-        world = self._running_world()
-        try:
-            lso = self.codec.decode(int(action), self._observer.row_groups)
-        except (TypeError, ValueError) as error:
-            raise InvalidActionError(f"action {action!r} is not in Discrete({self.codec.num_actions}): {error}") from None
+        self._running_world()
+        lso = self._decode(action)
         before_s = self._charge_decision_time()
         exhausted = self._actions_this_epoch >= self._settings.max_actions_per_epoch
-        invalid = False
-        if not isinstance(lso, Advance):
-            invalid = exhausted or lso.code()[2] < 0 or not apply_lso(world, *lso.code())
+        invalid = exhausted and not isinstance(lso, Advance)
+        if invalid:
+            self._reject(lso)
+        if exhausted or isinstance(lso, Advance):
+            self._pass_time(self.now_s + self._settings.decision_interval_s, stop_at_epoch=True)
+        else:
             self._actions_this_epoch += 1
+            invalid = self._decide(lso, self.now_s, stop_at_epoch=False) == ILLEGAL
             if invalid:
                 self._reject(lso)
-        if isinstance(lso, Advance) or exhausted:
-            self._pass_time(self.now_s + self._settings.decision_interval_s, stop_at_epoch=True)
         return self._result(before_s, invalid)
 
     def step_plan(self, lsos: Sequence[Lso]) -> StepResult:
@@ -173,8 +174,8 @@ class QLMEnv(gym.Env[Observation, np.int64]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """(n,) which actions are legal now; the sb3-contrib convention."""
-        self._fill_mask()
-        return self._mask.astype(bool)
+        self._running_world(allow_done=True)
+        return self._panel.action_mask.astype(bool)
 
     def render(self) -> Any:
         """The cluster as text (``ansi``) or as an RGB picture of shape (H, W, 3) (``rgb_array``)."""
@@ -191,12 +192,22 @@ class QLMEnv(gym.Env[Observation, np.int64]):
     @property
     def now_s(self) -> float:
         """Emulated time."""
-        return float(self._running_world(allow_done=True).clock[0].now_s)
+        self._running_world(allow_done=True)
+        return float(self._clock["now_s"])
 
     def _running_world(self, allow_done: bool = False) -> World:
         if self._world is None or (self._done and not allow_done):
             raise gym.error.ResetNeeded("call reset() before step(): the episode is over or has not begun")
         return self._world
+
+    def _decode(self, action: int | np.integer[Any]) -> Lso:
+        try:
+            return self.codec.decode(operator.index(action), self._panel.row_groups)
+        except TypeError:
+            kind = type(action).__name__
+            raise InvalidActionError(f"an action is an integer of {self.action_space}, not a {kind}") from None
+        except ValueError as error:
+            raise InvalidActionError(str(error)) from None
 
     def _charge_decision_time(self) -> float:
         """Let the policy's thinking time pass in the cluster; returns the time before it."""
@@ -211,16 +222,19 @@ class QLMEnv(gym.Env[Observation, np.int64]):
 
     def _pass_time(self, until_s: float, stop_at_epoch: bool) -> None:
         world = self._running_world()
-        until_s = min(until_s, self._horizon_s)
-        while True:
-            reasons = advance(world, until_s, stop_at_epoch)
+        if stop_at_epoch:
+            self._actions_this_epoch = 0
+        reasons = LOG_FULL
+        while reasons == LOG_FULL:
+            reasons = self._decide(Advance(), until_s, stop_at_epoch)
             if self.timeline is not None:
                 self.timeline.take_log(world)
                 self.timeline.sample(world)
-            if reasons != LOG_FULL:
-                break
-        if stop_at_epoch:
-            self._actions_this_epoch = 0
+
+    def _decide(self, lso: Lso, until_s: float, stop_at_epoch: bool) -> int:
+        only_advance = self._actions_this_epoch >= self._settings.max_actions_per_epoch
+        world = self._running_world()
+        return decide(world, self._panel, *lso.code(), until_s, stop_at_epoch, self._horizon_s, only_advance)
 
     def _reject(self, lso: Lso) -> None:
         if self._settings.strict:
@@ -233,22 +247,18 @@ class QLMEnv(gym.Env[Observation, np.int64]):
 
     def _result(self, before_s: float, invalid: bool) -> StepResult:
         world = self._running_world()
-        clock = world.clock[0]
-        terminated = int(clock.finished + clock.rejected) == len(world.requests)
+        clock = self._clock
+        terminated = int(clock["finished"] + clock["rejected"]) == len(world.requests)
         truncated = not terminated and self.now_s >= self._horizon_s
-        if truncated:
-            settle_rest_as_missed(world)
-        reward = float(clock.reward) - self._new_costs(world)
-        clock.reward = 0.0
+        reward = float(clock["reward"]) - self._new_costs(world)
+        clock["reward"] = 0.0
         self._return += reward
         info = self._info(dt=self.now_s - before_s, invalid=invalid)
-        observation = self._observer.observe()
-        info = self._with_mask(info)
         if terminated or truncated:
             info["metrics"] = self._metrics()
             self._done = True
         self._decided_at = time.perf_counter()
-        return observation, reward, terminated, truncated, info
+        return self._panel.observation(), reward, terminated, truncated, info
 
     def _new_costs(self, world: World) -> float:
         costs = self._settings.costs
@@ -261,19 +271,13 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         return new
 
     def _info(self, dt: float, invalid: bool) -> dict[str, Any]:
-        return {"dt": dt, "now_s": self.now_s, "invalid_action": invalid}
-
-    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Add what depends on the rows of the observation just built."""
-        self._fill_mask()
-        info["action_mask"] = self._mask.copy()
-        info["row_groups"] = self._observer.row_groups.copy()
-        return info
-
-    def _fill_mask(self) -> None:
-        only_advance = self._actions_this_epoch >= self._settings.max_actions_per_epoch
-        world = self._running_world(allow_done=True)
-        fill_action_mask(world, self._observer.row_groups, only_advance, self._mask)
+        return {
+            "dt": dt,
+            "now_s": self.now_s,
+            "invalid_action": invalid,
+            "action_mask": self._panel.action_mask.copy(),
+            "row_groups": self._panel.row_groups.copy(),
+        }
 
     def _metrics(self) -> dict[str, Any]:
         metrics = episode_metrics(self._running_world(), self._class_names)

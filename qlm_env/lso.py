@@ -6,7 +6,10 @@ Planners hand over :data:`Lso` objects; learned policies an integer of ``Discret
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
@@ -106,14 +109,20 @@ def is_legal(world: World, verb: int, i: int, subject: int, option: int) -> bool
     """Whether the operation is allowed in the present state.
 
     Args:
-        verb, i, subject, option: as given by ``Lso.code()``: instance; group or model; front or keep_kv.
+        verb, i, subject, option: as given by ``Lso.code()``: instance; group or model; front or keep_kv. What does
+            not exist is never legal.
     """
     if verb == ADVANCE:
         return True
+    num_instances, num_models = world.fleet.placement.shape
+    if not 0 <= i < num_instances:
+        return False
     engine = world.fleet.engine[i]
     if not engine.up:
         return False
     if verb == BALANCE:
+        if not 0 <= subject < world.queues.tally[0].groups:
+            return False
         group = world.queues.group[subject]
         return group.live_index != NOWHERE and can_place(world.queues, subject, i) and fits(world.fleet, i, group.model)
     if verb == PULL:
@@ -131,6 +140,8 @@ def is_legal(world: World, verb: int, i: int, subject: int, option: int) -> bool
             and (not option or engine.host_kv_bytes > 0)
             and _has_evictable(world, i)
         )
+    if not 0 <= subject < num_models:
+        return False
     if verb == SWAP_MODEL:
         return can_swap(world.fleet, i, subject)
     return can_warm_start(world.fleet, i, subject)
@@ -174,20 +185,15 @@ class ActionCodec:
     @property
     def num_actions(self) -> int:
         """``n`` of the action space."""
-        return self._start(WARM_START) + self.num_instances * self.num_models
+        return self._starts[-1]
 
-    def _start(self, verb: int) -> int:
-        starts = np.cumsum(
-            [
-                0,
-                1,
-                2 * self.num_rows * self.num_instances,
-                self.num_instances,
-                2 * self.num_instances,
-                self.num_instances * self.num_models,
-            ]
-        )
-        return int(starts[verb])
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """The first action of each verb, and the end of the last."""
+        balances = 2 * self.num_rows * self.num_instances
+        models = self.num_instances * self.num_models
+        sizes = (1, balances, self.num_instances, 2 * self.num_instances, models, models)
+        return tuple(accumulate(sizes, initial=0))
 
     def encode(self, lso: Lso, row_groups: NDArray[np.int32]) -> int:
         """The action of an operation.
@@ -199,7 +205,7 @@ class ActionCodec:
             ValueError: the group stands in no row of its own.
         """
         verb, instance, subject, option = lso.code()
-        start = self._start(verb)
+        start = self._starts[verb]
         if verb == ADVANCE:
             return start
         if verb == BALANCE:
@@ -221,10 +227,8 @@ class ActionCodec:
         """
         if not 0 <= action < self.num_actions:
             raise ValueError(f"action {action} is outside 0..{self.num_actions - 1}")
-        verb = WARM_START
-        while self._start(verb) > action:
-            verb -= 1
-        rest = action - self._start(verb)
+        verb = bisect_right(self._starts, action) - 1
+        rest = action - self._starts[verb]
         if verb == ADVANCE:
             return Advance()
         if verb == BALANCE:
@@ -239,7 +243,7 @@ class ActionCodec:
         return SwapModel(instance, model) if verb == SWAP_MODEL else WarmStart(instance, model)
 
 
-@compiled
+@kernel
 def fill_action_mask(world: World, row_groups: Int, only_advance: bool, mask: NDArray[np.int8]) -> None:
     """Write 1 for every legal action into ``mask``, shape (n,), in the codec's layout, 0 elsewhere.
 

@@ -14,9 +14,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from qlm_env.backends.emulator.state import HOST, NO_EVICTION
-from qlm_env.compiled import compiled, kernel
+from qlm_env.compiled import kernel
 from qlm_env.dynamics import World
-from qlm_env.requests import NOWHERE, Int, Records
+from qlm_env.requests import NOWHERE, Byte, Int, Records
 
 Float32 = NDArray[np.float32]
 
@@ -62,7 +62,9 @@ INSTANCE_FEATURES = (
     Feature("loading_left", 1, "s", "x/100", "time until the model being loaded is ready"),
     Feature("staging_left", 1, "s", "x/100", "time until the model being staged is warm"),
     Feature("running", 1, "requests", "x/max_num_seqs", "requests in the batch"),
-    Feature("foreign", 1, "requests", "x/max_num_seqs", "of those, not of the head group (an eviction would remove them)"),
+    Feature(
+        "foreign", 1, "requests", "x/max_num_seqs", "of those, not of the head group: what an eviction would remove"
+    ),
     Feature("prefilling", 1, "-", "0 or 1", "a prefill is in progress"),
     Feature("kv_used", 1, "blocks", "x/num_blocks", "KV cache in use"),
     Feature("engine_queue", 1, "requests", "log1p(x)/log1p(4096)", "preempted requests in the engine's own queue"),
@@ -95,17 +97,69 @@ def width(features: tuple[Feature, ...], num_models: int, num_classes: int) -> i
 
 def observation_space(num_rows: int, num_instances: int, num_models: int, num_classes: int) -> spaces.Dict:
     """The observation space: G = ``num_rows`` groups, I instances; masks are 1 where a row is real."""
-    unit = {"low": -1.0, "high": 1.0, "dtype": np.float32}
+
+    def box(low: float, *shape: int) -> spaces.Box[np.float32]:
+        return spaces.Box(low, 1.0, shape, np.float32)
+
+    def columns(features: tuple[Feature, ...]) -> int:
+        return width(features, num_models, num_classes)
+
     return spaces.Dict(
         {
-            "groups": spaces.Box(shape=(num_rows, width(GROUP_FEATURES, num_models, num_classes)), **unit),
-            "group_mask": spaces.Box(0.0, 1.0, (num_rows,), np.float32),
-            "instances": spaces.Box(
-                shape=(num_instances, width(INSTANCE_FEATURES, num_models, num_classes)), **unit
-            ),
-            "instance_mask": spaces.Box(0.0, 1.0, (num_instances,), np.float32),
-            "cluster": spaces.Box(shape=(width(CLUSTER_FEATURES, num_models, num_classes),), **unit),
+            "groups": box(-1.0, num_rows, columns(GROUP_FEATURES)),
+            "group_mask": box(0.0, num_rows),
+            "instances": box(-1.0, num_instances, columns(INSTANCE_FEATURES)),
+            "instance_mask": box(0.0, num_instances),
+            "cluster": box(-1.0, columns(CLUSTER_FEATURES)),
         }
+    )
+
+
+class Panel(NamedTuple):
+    """What a policy sees of a world and may do in it, in arrays that are filled anew at every decision.
+
+    G rows of groups, I instances, n actions, N requests.
+    """
+
+    groups: Float32
+    """(G, F)"""
+    group_mask: Float32
+    """(G,)"""
+    instances: Float32
+    """(I, F)"""
+    instance_mask: Float32
+    """(I,)"""
+    cluster: Float32
+    """(F,)"""
+    row_groups: Int
+    """(G,) the group of each row; NOWHERE for padding and for a row that sums up several groups"""
+    action_mask: Byte
+    """(n,) 1 for what is legal, in the order of :class:`qlm_env.lso.ActionCodec`"""
+    order: Int
+    """(N,) scratch"""
+    urgency: NDArray[np.float64]
+    """(N,) scratch"""
+
+    def observation(self) -> dict[str, Float32]:
+        """A copy of the observation arrays, in the order of the observation space."""
+        return {
+            "cluster": self.cluster.copy(),
+            "group_mask": self.group_mask.copy(),
+            "groups": self.groups.copy(),
+            "instance_mask": self.instance_mask.copy(),
+            "instances": self.instances.copy(),
+        }
+
+
+def make_panel(space: spaces.Dict, num_requests: int, num_actions: int) -> Panel:
+    """A panel to fill, for observations of ``space``."""
+    arrays = {name: np.zeros(box.shape or (), np.float32) for name, box in space.items()}
+    return Panel(
+        **arrays,
+        row_groups=np.full(len(arrays["groups"]), NOWHERE, np.int32),
+        action_mask=np.zeros(num_actions, np.int8),
+        order=np.zeros(num_requests, np.int32),
+        urgency=np.zeros(num_requests),
     )
 
 
@@ -242,30 +296,16 @@ def _observe_instance(world: World, i: int, row: Float32) -> None:
         row[f + 13] = _unit(engine.host_kv_used_bytes / engine.host_kv_bytes)
 
 
-@compiled
-def observe(
-    world: World,
-    order: Int,
-    urgency: NDArray[np.float64],
-    groups: Float32,
-    group_mask: Float32,
-    instances: Float32,
-    instance_mask: Float32,
-    cluster: Float32,
-    row_groups: Int,
-) -> None:
-    """Fill the observation arrays and ``row_groups``.
-
-    Args:
-        order, urgency: scratch of at least as many entries as there are live groups.
-        groups: (G, F); group_mask: (G,); instances: (I, F); instance_mask: (I,); cluster: (F,).
-        row_groups: (G,) filled with the group of each row, NOWHERE for padding and for a row of several groups.
-    """
+@kernel
+def observe(world: World, panel: Panel) -> None:
+    """Fill the panel's observation arrays and ``row_groups``."""
+    groups, row_groups, cluster = panel.groups, panel.row_groups, panel.cluster
+    order, urgency = panel.order, panel.urgency
     queues = world.queues
     groups[:] = 0.0
-    group_mask[:] = 0.0
-    instances[:] = 0.0
-    instance_mask[:] = 1.0
+    panel.group_mask[:] = 0.0
+    panel.instances[:] = 0.0
+    panel.instance_mask[:] = 1.0
     cluster[:] = 0.0
     row_groups[:] = NOWHERE
     count = 0
@@ -285,15 +325,15 @@ def observe(
     alone = count if count <= num_rows else num_rows - 1
     for row in range(alone):
         _observe_group(world, order[row], groups[row])
-        group_mask[row] = 1.0
+        panel.group_mask[row] = 1.0
         row_groups[row] = order[row]
     if alone < count:
         _observe_rest(world, order[alone:count], groups[num_rows - 1])
-        group_mask[num_rows - 1] = 1.0
+        panel.group_mask[num_rows - 1] = 1.0
     running = 0
     up = 0
     for i in range(len(world.fleet.engine)):
-        _observe_instance(world, i, instances[i])
+        _observe_instance(world, i, panel.instances[i])
         running += world.fleet.engine[i].num_running
         up += world.fleet.engine[i].up
     clock = world.clock[0]
@@ -348,32 +388,3 @@ def feature_tables() -> str:
         lines += [f"| {f.name} | {f.width} | {f.unit} | {f.scaling} | {f.meaning} |" for f in features]
         lines.append("")
     return "\n".join(lines)
-
-
-class Observer:
-    """Builds observations of one world into arrays it owns."""
-
-    def __init__(self, world: World, num_rows: int) -> None:
-        num_instances, num_models = world.fleet.placement.shape
-        self.space = observation_space(num_rows, num_instances, num_models, len(world.slo))
-        self._world = world
-        self._order = np.zeros(len(world.queues.live), np.int32)
-        self._urgency = np.zeros(len(world.queues.live))
-        self._arrays = {name: np.zeros(box.shape, np.float32) for name, box in self.space.items()}
-        self.row_groups = np.full(num_rows, NOWHERE, np.int32)
-
-    def observe(self) -> dict[str, Float32]:
-        """A fresh observation; ``row_groups`` then names the group of each row."""
-        a = self._arrays
-        observe(
-            self._world,
-            self._order,
-            self._urgency,
-            a["groups"],
-            a["group_mask"],
-            a["instances"],
-            a["instance_mask"],
-            a["cluster"],
-            self.row_groups,
-        )
-        return {name: array.copy() for name, array in a.items()}

@@ -83,7 +83,8 @@ def make_request_table(
     """A table of pending requests from workload columns of equal length (N,).
 
     Raises:
-        ValueError: columns differ in length or are not whole numbers, arrivals decrease or are not finite, or a length is below 1.
+        ValueError: columns differ in length or are not whole numbers, arrivals decrease or are not finite, or a
+            length is below 1.
     """
     n = len(arrival_s)
     columns: dict[str, NDArray[Any]] = {

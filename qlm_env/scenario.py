@@ -42,4 +42,3 @@ class Episodes:
     def requests(self, seed: int) -> RequestTable:
         """The requests of a seed: a function of workload and seed alone."""
         return build_requests(self.scenario.workload, self.scenario.slo, seed, trace=self._trace)
-

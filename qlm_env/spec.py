@@ -179,9 +179,7 @@ class BatchArrivals(Spec):
     at_s: NonNegativeFloat = 0.0
 
 
-Arrivals = Annotated[
-    PoissonArrivals | GammaArrivals | MarkovArrivals | BatchArrivals, Field(discriminator="kind")
-]
+Arrivals = Annotated[PoissonArrivals | GammaArrivals | MarkovArrivals | BatchArrivals, Field(discriminator="kind")]
 
 
 class EmpiricalLengths(Spec):
@@ -219,9 +217,7 @@ class UniformLengths(Spec):
         return self
 
 
-Lengths = Annotated[
-    EmpiricalLengths | LognormalLengths | UniformLengths, Field(discriminator="kind")
-]
+Lengths = Annotated[EmpiricalLengths | LognormalLengths | UniformLengths, Field(discriminator="kind")]
 
 
 class MegaPromptSpec(Spec):
@@ -263,8 +259,7 @@ class WorkloadBase(Spec):
         for entry in self.mix:
             if entry.model not in names:
                 raise ValueError(
-                    f"mix names model {entry.model!r}; allowed: {', '.join(names)}"
-                    + _did_you_mean(entry.model, names)
+                    f"mix names model {entry.model!r}; allowed: {', '.join(names)}" + _did_you_mean(entry.model, names)
                 )
         return self
 
@@ -280,9 +275,7 @@ class SyntheticWorkload(WorkloadBase):
     @model_validator(mode="after")
     def _one_rate(self) -> SyntheticWorkload:
         arrivals = self.arrivals
-        if not isinstance(arrivals, BatchArrivals) and (
-            (arrivals.rate_per_s is None) == (arrivals.load is None)
-        ):
+        if not isinstance(arrivals, BatchArrivals) and ((arrivals.rate_per_s is None) == (arrivals.load is None)):
             raise ValueError("arrivals needs exactly one of rate_per_s and load")
         return self
 
@@ -407,14 +400,11 @@ def _one_line(spec: type[Spec], error: ValidationError, prefix: str) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
     if first["type"] == "extra_forbidden" and owner is not None:
         allowed = sorted(owner.model_fields)
-        return (
-            f"unknown key '{key}'; allowed: {', '.join(allowed)}"
-            + _did_you_mean(known[-1], allowed)
-        )
+        return f"unknown key '{key}'; allowed: {', '.join(allowed)}" + _did_you_mean(known[-1], allowed)
     if first["type"] == "missing":
         return f"missing key '{key}'"
-    got = "" if isinstance(first["input"], Mapping) or first["type"] == "value_error" else (
-        f" (got {first['input']!r})"
+    got = (
+        "" if isinstance(first["input"], Mapping) or first["type"] == "value_error" else (f" (got {first['input']!r})")
     )
     return f"'{key}': {message[0].lower()}{message[1:]}{got}"
 

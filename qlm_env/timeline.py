@@ -258,11 +258,7 @@ class Timeline:
         sampled = _microseconds(self.samples["time_s"][:1])[0]
         changed = {i for time, _, i, _ in changes if time <= sampled}
         models = self.samples["active_model"][0].tolist()
-        return {
-            i: (self.models[model], 0)
-            for i, model in enumerate(models)
-            if model != NOWHERE and i not in changed
-        }
+        return {i: (self.models[model], 0) for i, model in enumerate(models) if model != NOWHERE and i not in changed}
 
     def _warm_start_slices(self) -> list[TraceEvent]:
         """Weights on their way to host memory: until they are there, a swap takes them over, or a failure."""

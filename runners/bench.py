@@ -12,6 +12,7 @@ from typing import TypedDict
 from rich.table import Table
 
 from runners import files
+from runners.config import BenchOptions
 from runners.tables import console
 
 
@@ -23,16 +24,16 @@ class Figure(TypedDict):
     unit: str
 
 
-def bench(name: str, module: str, out: Path | None) -> None:
+def bench(name: str, module: str, options: BenchOptions) -> None:
     """Run a benchmark, print its figures and write them to ``out/bench.json``.
 
     Args:
-        module: has a function ``measure() -> list[Figure]``.
-        out: a folder; None is ``results/bench-<name>``.
+        module: has a function ``measure(options) -> list[Figure]``.
+        options: the benchmark's own; ``out`` is a folder, None is ``results/bench-<name>``.
     """
-    measure: Callable[[], list[Figure]] = importlib.import_module(module).measure
-    figures = measure()
-    path = (out or Path("results") / f"bench-{name}") / "bench.json"
+    measure: Callable[[BenchOptions], list[Figure]] = importlib.import_module(module).measure
+    figures = measure(options)
+    path = Path(options.out or f"results/bench-{name}") / "bench.json"
     files.write_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
     table = Table("figure", title=f"qlm bench {name}")
     table.add_column("value", justify="right")

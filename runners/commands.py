@@ -14,8 +14,11 @@ from typing import Any
 
 from runners import config
 
-BENCHMARKS = {"emulator": "runners.bench_emulator", "env": "runners.bench_env"}
-"""Name -> module with a function ``measure() -> list[Figure]``."""
+BENCHMARKS = {
+    "emulator": ("runners.bench_emulator", config.parse_bench_emulator),
+    "env": ("runners.bench_env", config.parse_bench_env),
+}
+"""Name -> module with a function ``measure(options) -> list[Figure]``, and what parses these options."""
 
 
 # What a command needs is imported when it runs: help and mistakes should not wait for numeric libraries.
@@ -51,10 +54,10 @@ def _export(options: config.WorkloadConfig) -> None:
     export_workload(options)
 
 
-def _bench(name: str, out: Path | None) -> None:
+def _bench(name: str, options: config.BenchOptions) -> None:
     from runners.bench import bench
 
-    bench(name, BENCHMARKS[name], out)
+    bench(name, BENCHMARKS[name][0], options)
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,11 @@ COMMANDS = {
     **{
         f"bench {name}": Command(
             summary=f"how fast the {name} runs on this machine",
-            config_name="bench",
-            parse=config.parse_bench,
+            config_name=f"bench_{name}",
+            parse=parse_options,
             run=functools.partial(_bench, name),
             examples=(f"qlm bench {name} out=results/bench-{name}",),
         )
-        for name in BENCHMARKS
+        for name, (_, parse_options) in BENCHMARKS.items()
     },
 }

@@ -110,9 +110,7 @@ def merge_jobs(out: Path) -> None:
 
     Rows get a column ``job``, the folder's name; the summary has the jobs' entries one after the other.
     """
-    folders = sorted(
-        (path.parent for path in out.glob("*/summary.json")), key=lambda folder: folder.name.zfill(9)
-    )
+    folders = sorted((path.parent for path in out.glob("*/summary.json")), key=lambda folder: folder.name.zfill(9))
     if not folders:
         return
     rows = [pd.read_parquet(folder / "results.parquet").assign(job=folder.name) for folder in folders]

@@ -167,8 +167,7 @@ def _parse_override(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise ConfigError(
-            f"malformed override '{text}': expected key=value (quote values that hold spaces, commas or "
-            "brackets)"
+            f"malformed override '{text}': expected key=value (quote values that hold spaces, commas or brackets)"
         ) from error
 
 

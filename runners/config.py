@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from planners.spec import PLANNER_NAMES, PlannerSpec, parse_planner
-from qlm_env.spec import ConfigError, PositiveInt, ScenarioSpec, Spec, parse
+from qlm_env.spec import ConfigError, PositiveFloat, PositiveInt, ScenarioSpec, Spec, parse
 
 Seed = Annotated[int, Field(ge=0, strict=True)]
 OutPath = Annotated[str, Field(min_length=1)]
@@ -49,9 +49,7 @@ class RunOptions(Spec):
     @classmethod
     def _count_or_list(cls, value: Any) -> Any:
         """``3`` is the seeds 0, 1, 2; a list is those seeds."""
-        problem = (
-            f"expected a count of at least 1 or a list of different non-negative integers (got {value!r})"
-        )
+        problem = f"expected a count of at least 1 or a list of different non-negative integers (got {value!r})"
         seeds = range(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(seeds, (range, list, tuple)) or not seeds:
             raise ValueError(problem)
@@ -73,9 +71,27 @@ class ExportOptions(WorkloadOptions):
 
 
 class BenchOptions(Spec):
-    """The settings of `qlm bench`."""
+    """The settings every `qlm bench` has."""
 
+    seed: Seed = 0
     out: OutPath | None = None
+
+
+class BenchEmulatorOptions(BenchOptions):
+    """The settings of `qlm bench emulator`."""
+
+    num_requests: PositiveInt = 300_000
+    loads: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.6, 0.9, 1.1)
+    """Arrival rates, as shares of the instance's capacity."""
+    memory: bool = False
+    """Also serve 10 million requests in a process of its own and tell its peak memory."""
+
+
+class BenchEnvOptions(BenchOptions):
+    """The settings of `qlm bench env`."""
+
+    duration_s: PositiveFloat = 5.0
+    """Wall-clock seconds of each measurement."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +132,7 @@ def parse_evaluate(values: Mapping[str, Any]) -> CompareConfig:
     config = parse_compare(values)
     if len(config.planners) > 1:
         raise ConfigError(
-            f"'planner': qlm evaluate takes one planner (got {', '.join(config.planners)}); "
-            "qlm compare takes several"
+            f"'planner': qlm evaluate takes one planner (got {', '.join(config.planners)}); qlm compare takes several"
         )
     return config
 
@@ -176,11 +191,19 @@ def parse_workload_export(values: Mapping[str, Any]) -> WorkloadConfig:
     return WorkloadConfig(scenario, options.seed, Path(options.out))
 
 
-def parse_bench(values: Mapping[str, Any]) -> Path | None:
-    """The folder `qlm bench` writes to, or None for the benchmark's own default.
+def parse_bench_emulator(values: Mapping[str, Any]) -> BenchEmulatorOptions:
+    """The configuration of `qlm bench emulator`.
 
     Raises:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
-    out = parse(BenchOptions, values).out
-    return None if out is None else Path(out)
+    return parse(BenchEmulatorOptions, values)
+
+
+def parse_bench_env(values: Mapping[str, Any]) -> BenchEnvOptions:
+    """The configuration of `qlm bench env`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchEnvOptions, values)

@@ -21,7 +21,6 @@ from qlm_env.requests import RequestTable
 from qlm_env.scenario import Episodes
 from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec
 
-
 PLANNER_STREAM = 1000
 """Spawn key of a planner's random stream, apart from those of the workload."""
 
@@ -76,8 +75,7 @@ def _check_profiled(cluster: ClusterSpec) -> None:
         if (group.device, group.tp) not in known:
             allowed = ", ".join(f"{device} tp={tp}" for device, tp in known)
             raise ConfigError(
-                f"'cluster.instances.{index}': no profile for {group.device} tp={group.tp}; "
-                f"allowed: {allowed}"
+                f"'cluster.instances.{index}': no profile for {group.device} tp={group.tp}; allowed: {allowed}"
             )
 
 

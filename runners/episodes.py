@@ -29,9 +29,7 @@ Row = dict[str, Any]
 class EpisodeFunction(Protocol):
     """The signature of :func:`runners.episode.run_episode`."""
 
-    def __call__(
-        self, scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool
-    ) -> EpisodeResult: ...
+    def __call__(self, scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,6 @@ def run_episodes(tasks: Sequence[EpisodeTask], out: Path, jobs: int) -> tuple[li
                     progress.advance(f"{task.name}: SLO attainment {100 * outcome['slo_attainment']:.1f} %")
     except KeyboardInterrupt:
         raise CommandInterrupted(
-            f"interrupted; {len(rows)} of {len(tasks)} episodes are kept in {out}: "
-            "give the same command again to go on"
+            f"interrupted; {len(rows)} of {len(tasks)} episodes are kept in {out}: give the same command again to go on"
         ) from None
     return [rows[task.key.digest] for task in tasks if task.key.digest in rows], failures

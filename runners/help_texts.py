@@ -21,6 +21,10 @@ SETTINGS = {
     "seed": "the seed the requests are drawn from",
     "out": "where results are written; the same folder again resumes the run",
     "jobs": "episodes at once; null is one per CPU core",
+    "num_requests": "requests of every load",
+    "loads": "arrival rates, as shares of the instance's capacity",
+    "memory": "also serve 10 million requests in a process of its own and tell its peak memory",
+    "duration_s": "wall-clock seconds of each measurement",
     "timeline": "write a Chrome trace of every episode to out/timelines",
 }
 

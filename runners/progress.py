@@ -57,6 +57,4 @@ class EpisodeProgress:
             return
         elapsed_s = time.monotonic() - self._start_s
         left_s = elapsed_s / (self._done - self._resumed) * (self._total - self._done)
-        print(
-            f"[{self._done}/{self._total}] {message}; about {left_s:.0f} s left", file=sys.stderr, flush=True
-        )
+        print(f"[{self._done}/{self._total}] {message}; about {left_s:.0f} s left", file=sys.stderr, flush=True)

@@ -158,9 +158,7 @@ def claim(out: Path, scenario: ScenarioSpec) -> None:
         raise ConfigError(f"'out': '{path}' is not valid JSON; choose another out=DIR") from None
     difference = next(_differences(before, values), None)
     if difference is not None:
-        raise ConfigError(
-            f"'out': '{out}' holds results of another scenario ({difference}); choose another out=DIR"
-        )
+        raise ConfigError(f"'out': '{out}' holds results of another scenario ({difference}); choose another out=DIR")
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -62,9 +62,7 @@ def bootstrap_interval(
     return Interval(interquartile_mean(np.concatenate(arrays)), float(lo), float(hi))
 
 
-def paired_difference(
-    scores: Mapping[int, float], baseline: Mapping[int, float], rng: np.random.Generator
-) -> Interval:
+def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float], rng: np.random.Generator) -> Interval:
     """The difference ``scores - baseline`` over the seeds both have, paired by seed.
 
     Pairs share their workload, so what the workload adds to both cancels and the interval is narrower

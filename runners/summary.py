@@ -52,9 +52,7 @@ def _entry(planner: str, workload: str, rows: pd.DataFrame) -> dict[str, Any]:
         "seeds": [int(seed) for seed in rows["seed"]],
         **{name: int(rows[name].sum()) for name in TOTALS},
         "slo_attainment": _triple(rows["slo_attainment"]),
-        "slo_attainment_per_class": {
-            column.removeprefix(PER_CLASS): _triple(rows[column]) for column in per_class
-        },
+        "slo_attainment_per_class": {column.removeprefix(PER_CLASS): _triple(rows[column]) for column in per_class},
         **{name: _number(float(rows[name].mean())) for name in MEANS},
     }
 

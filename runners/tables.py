@@ -23,9 +23,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def comparison_table(
-    summary: Sequence[Mapping[str, Any]], differences: Mapping[str, Interval], title: str
-) -> Table:
+def comparison_table(summary: Sequence[Mapping[str, Any]], differences: Mapping[str, Interval], title: str) -> Table:
     """One line per planner: attainment with 95 % intervals, the difference to the first, and costs."""
     classes = list(dict.fromkeys(name for entry in summary for name in entry["slo_attainment_per_class"]))
     table = Table(title=title, caption="SLO attainment in %: interquartile mean [95 % interval] over seeds")

@@ -24,16 +24,12 @@ def check(tracking: TrackingSpec) -> None:
     if isinstance(tracking, NoTracking):
         return
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "'tracking': wandb is not installed; pip install 'qlm-env[tracking]', or tracking=none"
-        )
+        raise ConfigError("'tracking': wandb is not installed; pip install 'qlm-env[tracking]', or tracking=none")
     if tracking.mode == "online":
         import wandb
 
         if wandb.api.api_key is None:
-            raise ConfigError(
-                "'tracking': not logged in to wandb; run wandb login, or tracking=wandb_offline"
-            )
+            raise ConfigError("'tracking': not logged in to wandb; run wandb login, or tracking=wandb_offline")
 
 
 def log(
@@ -92,8 +88,7 @@ def _log_planner(
         images = {figure.stem: wandb.Image(str(figure)) for figure in figures}
         run.log({"episodes": wandb.Table(dataframe=shown), **images})
         timelines = [
-            EpisodeKey(config.scenario, label, planner, int(seed)).timeline_path(config.out)
-            for seed in entry["seeds"]
+            EpisodeKey(config.scenario, label, planner, int(seed)).timeline_path(config.out) for seed in entry["seeds"]
         ]
         written = [path for path in timelines if path.exists()]
         if written:

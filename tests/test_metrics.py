@@ -286,10 +286,7 @@ def test_against_a_plain_recount(tmp_path: Path, seed: int) -> None:
     arrival_s = np.sort(rng.uniform(0, 60, 80))
     toy = toy_world(
         tmp_path,
-        [
-            Request(t, int(rng.integers(1, 60)), int(rng.integers(1, 90)), int(rng.integers(2)))
-            for t in arrival_s
-        ],
+        [Request(t, int(rng.integers(1, 60)), int(rng.integers(1, 90)), int(rng.integers(2))) for t in arrival_s],
         num_blocks=20,
         max_num_seqs=4,
     )

@@ -188,9 +188,7 @@ def test_more_groups_than_fit_are_counted(tmp_path: Path) -> None:
         ({("A10", 1): 400, ("A100", 1): 500, ("A100", 4): 100}, 3),
     ],
 )
-def test_rows_hold_every_instance_once_and_stay_in_place(
-    counts: dict[tuple[str, int], int], rows: int
-) -> None:
+def test_rows_hold_every_instance_once_and_stay_in_place(counts: dict[tuple[str, int], int], rows: int) -> None:
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     names = [InstanceName(f"{i} {device}", device, tp) for i, (device, tp) in enumerate(kinds)]
     placed = rows_of(names)
@@ -221,9 +219,7 @@ def test_large_clusters_are_stacked(tmp_path: Path) -> None:
     assert share(now, pale(BLUE)) == pytest.approx(0.25, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("value", "top"), [(1, 10), (10, 10), (11, 20), (61, 80), (99, 100), (101, 200), (4001, 6000)]
-)
+@pytest.mark.parametrize(("value", "top"), [(1, 10), (10, 10), (11, 20), (61, 80), (99, 100), (101, 200), (4001, 6000)])
 def test_scales_are_round(value: int, top: int) -> None:
     assert round_up(value) == top
 

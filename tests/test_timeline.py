@@ -162,9 +162,7 @@ def busy(folder: Path, seed: int) -> ToyWorld:
     while not toy.over:
         for group in toy.view.groups:
             if not group.queued:
-                apply_lso(
-                    toy.world, *Balance(group.id, int(rng.integers(2)), bool(rng.random() < 0.5)).code()
-                )
+                apply_lso(toy.world, *Balance(group.id, int(rng.integers(2)), bool(rng.random() < 0.5)).code())
         for instance in toy.view.instances:
             if instance.queue:
                 head = toy.view.group(instance.queue[0]).model

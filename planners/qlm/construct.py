@@ -71,9 +71,7 @@ def evaluate(problem: Problem, sequence: Int, length: Int, costs: Float) -> floa
 
 
 @compiled
-def insert_all(
-    problem: Problem, order: Int, at_end: bool, sequence: Int, length: Int, costs: Float
-) -> float:
+def insert_all(problem: Problem, order: Int, at_end: bool, sequence: Int, length: Int, costs: Float) -> float:
     """Insert the groups of ``order`` into a plan, which may hold others already; returns the plan's cost."""
     evaluate(problem, sequence, length, costs)
     for g in order:

@@ -1,8 +1,8 @@
 """What a virtual queue costs: expected SLO misses, delay, and the service lost to swaps.
 
-A request misses with probability ``Phi((c - d)/sigma)``: ``c`` its expected completion, ``d`` its deadline, ``sigma`` from
-the spread of output lengths over its latency and a share of its waiting time. Along a group, waiting and deadlines
-run linearly from the first request to the last, and three points stand for all.
+A request misses with probability ``Phi((c - d)/sigma)``: ``c`` its expected completion, ``d`` its deadline, ``sigma``
+from the spread of output lengths over its latency and a share of its waiting time. Along a group, waiting and
+deadlines run linearly from the first request to the last, and three points stand for all.
 """
 
 from __future__ import annotations

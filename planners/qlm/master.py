@@ -64,9 +64,9 @@ def solve_master(
     model.addSol(solution)
     # Does not hold the interpreter lock, so that the time limit cannot stall other threads.
     model.optimizeNogil()
-    if model.getNSols() == 0:
-        return fallback
     best = model.getBestSol()
+    if best is None:
+        return fallback
     picked = [column for variable, column in zip(x, columns, strict=True) if best[variable] > 0.5]
     cost = sum(column.cost for column in picked)
     if cost > fallback.cost:

@@ -1,9 +1,10 @@
 """The QLM planner at work: when to plan anew, and how a plan becomes LSOs.
 
-Between plans, new groups are inserted where they cost least, with everything else left as it is. A new plan is made when
-the present one is expected to miss SLOs and the state has moved since the last; it replaces the present one only if
-it is cheaper. Operations follow from the plan: a head group whose model is not active asks for a swap, one that would
-miss its SLO behind less urgent running requests for an eviction, and models that will be needed are staged ahead.
+Between plans, new groups are inserted where they cost least, with everything else left as it is. A new plan is made
+when the present one is expected to miss SLOs and the state has moved since the last; it replaces the present one
+only if it is cheaper. Operations follow from the plan: a head group whose model is not active asks for a swap, one
+that would miss its SLO behind less urgent running requests for an eviction, and models that will be needed are staged
+ahead.
 """
 
 from __future__ import annotations
@@ -94,9 +95,7 @@ class QlmPlanner(Planner):
         return lsos
 
     # ----------------------------------------------------------------- planning
-    def _plan(
-        self, view: ClusterView, groups: list[GroupView], queues: dict[int, list[int]]
-    ) -> dict[int, list[int]]:
+    def _plan(self, view: ClusterView, groups: list[GroupView], queues: dict[int, list[int]]) -> dict[int, list[int]]:
         """The queues wanted, by group id."""
         new = [group for group in groups if not group.queued]
         state = (tuple(map(tuple, queues.values())), tuple(g.id for g in new))
@@ -155,9 +154,7 @@ class QlmPlanner(Planner):
             for column in self._columns(problem, plan):
                 columns.setdefault((column.instance, column.groups), column)
         start = [columns[column.instance, column.groups] for column in self._columns(problem, best)]
-        result = solve_master(
-            list(columns.values()), num_groups, start, self._spec.time_limit_s, self._spec.node_limit
-        )
+        result = solve_master(list(columns.values()), num_groups, start, self._spec.time_limit_s, self._spec.node_limit)
         self.solves += 1
         self.solves_proven += result.optimal
         combined = self._plan_of(problem, result.columns)
@@ -165,9 +162,7 @@ class QlmPlanner(Planner):
 
     def _columns(self, problem: Problem, plan: Plan) -> list[Column]:
         num_instances = len(plan.length) - 1
-        queues = [
-            Column(i, tuple(plan.queue(i)), float(plan.costs[i])) for i in range(num_instances) if plan.length[i]
-        ]
+        queues = [Column(i, tuple(plan.queue(i)), float(plan.costs[i])) for i in range(num_instances) if plan.length[i]]
         return queues + [Column(None, (g,), float(cost_of_holding(problem, g))) for g in plan.queue(num_instances)]
 
     def _plan_of(self, problem: Problem, columns: list[Column]) -> Plan:
@@ -182,14 +177,13 @@ class QlmPlanner(Planner):
         return plan
 
     @staticmethod
-    def _append_rest(
-        wanted: dict[int, list[int]], groups: list[GroupView], queues: dict[int, list[int]]
-    ) -> None:
+    def _append_rest(wanted: dict[int, list[int]], groups: list[GroupView], queues: dict[int, list[int]]) -> None:
         """Groups beyond the window keep their queue, behind everything planned; in none, they stay in none."""
         planned = {g for queue in wanted.values() for g in queue}
         for group in groups:
-            if group.queued and group.id not in planned and group.instance is not None and group.id in queues[group.instance]:
-                wanted[group.instance].append(group.id)
+            instance = group.instance
+            if instance is not None and group.id not in planned and group.id in queues[instance]:
+                wanted[instance].append(group.id)
 
     # ----------------------------------------------------------------- operations
     def _make_way(self, view: ClusterView, instance: InstanceView, head: GroupView) -> list[Lso]:
@@ -234,4 +228,3 @@ class QlmPlanner(Planner):
                     lsos.append(lso)
                     break
         return lsos
-

@@ -96,8 +96,7 @@ def saturated_rate_per_s(
     resident = prompt_tokens + output_tokens / 2 if resident_tokens is None else resident_tokens
     if not (prompt_tokens >= 1 and output_tokens >= 1 and resident >= 1):
         raise ValueError(
-            f"lengths must be at least 1, got prompt {prompt_tokens}, output {output_tokens}, "
-            f"resident {resident}"
+            f"lengths must be at least 1, got prompt {prompt_tokens}, output {output_tokens}, resident {resident}"
         )
     kv_tokens = usable_kv_blocks(profile, engine) * engine.block_size
     if max(prompt_tokens + output_tokens, resident) > kv_tokens:
@@ -252,9 +251,7 @@ def _fits_nowhere(cluster: ClusterSpec, model: ModelSpec, directory: Path | None
         reasons[f"{group.device} tp={group.tp}"] = reason
     here = ", ".join(f"{instance}: {reason}" for instance, reason in reasons.items())
     elsewhere = ", ".join(
-        f"{key.device} tp={key.tp}"
-        for key in list_profiles(directory)
-        if key.architecture == model.architecture
+        f"{key.device} tp={key.tp}" for key in list_profiles(directory) if key.architecture == model.architecture
     )
     return ConfigError(
         f"model {_describe(model, directory)} fits no instance of cluster {cluster.name!r} ({here}); "

@@ -38,13 +38,9 @@ FITTED = {
     ProfileKey("A10", "llama-2-7b", 1): Measurements(AEGAEON, "llama2_7b", "A10"),
     ProfileKey("A100", "llama-2-7b", 1): Measurements(AEGAEON, "llama2_7b", "A100"),
     ProfileKey("A100", "llama-2-13b", 1): Measurements(AEGAEON, "llama2_13b_chat", "A100"),
-    ProfileKey("A100", "llama-3.1-8b", 1): Measurements(
-        AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-8B", "a100_sxm"
-    ),
+    ProfileKey("A100", "llama-3.1-8b", 1): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-8B", "a100_sxm"),
     ProfileKey("A100", "qwen3-32b", 2): Measurements(AICONFIGURATOR, "Qwen/Qwen3-32B", "a100_sxm"),
-    ProfileKey("A100", "llama-3.1-70b", 4): Measurements(
-        AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-70B", "a100_sxm"
-    ),
+    ProfileKey("A100", "llama-3.1-70b", 4): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-70B", "a100_sxm"),
 }
 
 ESTIMATED_FROM = {
@@ -90,9 +86,7 @@ def fit_step_times(profiles_data: Path) -> dict[ProfileKey, Fit]:
     fits = {}
     for key, measurements in FITTED.items():
         if measurements.table == AEGAEON:
-            table = read_aegaeon(
-                profiles_data / "aegaeon_prefill_decode.csv", measurements.model, measurements.device
-            )
+            table = read_aegaeon(profiles_data / "aegaeon_prefill_decode.csv", measurements.model, measurements.device)
             source = (
                 f"fit to Aegaeon's measurements (SOSP 2025 artifact, Apache-2.0) of {measurements.model} on "
                 f"{measurements.device}, fp16, eager"
@@ -151,9 +145,7 @@ def _estimated_step_time(key: ProfileKey, base: ProfileKey, fit: Fit) -> dict[st
         coefficients = scale_architecture(
             coefficients, ARCHITECTURES[base.architecture], ARCHITECTURES[key.architecture]
         )
-        source += (
-            ": c0, c1 and c2 by parameters, c3 by KV bytes per token, c4 by attention work, n0 and c5 as is"
-        )
+        source += ": c0, c1 and c2 by parameters, c3 by KV bytes per token, c4 by attention work, n0 and c5 as is"
     if key.tp != base.tp:
         efficiency = PARALLEL_EFFICIENCY[key.device, key.tp]
         coefficients = scale_tp(coefficients, key.tp, efficiency)
@@ -161,9 +153,7 @@ def _estimated_step_time(key: ProfileKey, base: ProfileKey, fit: Fit) -> dict[st
             f"; over {key.tp} GPUs at a parallel efficiency of {efficiency.memory:.2f} for c0 and c3 and "
             f"{efficiency.compute:.2f} for c1, c2 and c4 ({efficiency.source})"
         )
-    return {
-        name: _quantity(name, value, "estimated", source) for name, value in coefficients._asdict().items()
-    }
+    return {name: _quantity(name, value, "estimated", source) for name, value in coefficients._asdict().items()}
 
 
 def _memory(key: ProfileKey) -> dict[str, Quantity]:
@@ -173,8 +163,7 @@ def _memory(key: ProfileKey) -> dict[str, Quantity]:
         "weight_bytes": (architecture.weight_bytes, configuration + "2 bytes per parameter"),
         "kv_bytes_per_token": (
             architecture.kv_bytes_per_token,
-            configuration
-            + f"2 (K and V) x 2 bytes x {architecture.layers} layers x {architecture.kv_heads} KV heads "
+            configuration + f"2 (K and V) x 2 bytes x {architecture.layers} layers x {architecture.kv_heads} KV heads "
             f"x {architecture.head_dim}",
         ),
         "num_gpu_blocks": (
@@ -195,9 +184,7 @@ def _residency(key: ProfileKey, times: ResidencyTimes) -> dict[str, Quantity]:
     num_bytes = architecture.weight_bytes
     cold_start_s = times.cold_start.seconds(num_bytes)
     sleep_s = times.sleep.seconds(num_bytes, key.tp)
-    borrowed = (
-        "" if key.device == "A100" else f"; taken over from A100: {key.device} has the same PCIe 4.0 x16 link"
-    )
+    borrowed = "" if key.device == "A100" else f"; taken over from A100: {key.device} has the same PCIe 4.0 x16 link"
 
     cold_start = _quantity(
         "cold_start_s",

@@ -39,9 +39,7 @@ def load_profile(device: str, architecture: str, tp: int, directory: Path | None
     """
     profile = find_profile(device, architecture, tp, directory)
     if profile is None:
-        raise ConfigError(
-            f"no profile for {architecture} on {device} tp={tp}; {_available(device, directory)}"
-        )
+        raise ConfigError(f"no profile for {architecture} on {device} tp={tp}; {_available(device, directory)}")
     return profile
 
 
@@ -102,9 +100,7 @@ def _read(path: Path, modified_ns: int) -> Profile:
         raise ConfigError(f"profile {path}: {error}") from None
     expected = _key(profile).file_name
     if path.name != expected:
-        raise ConfigError(
-            f"profile {path}: its device, architecture and tp call for the file name {expected}"
-        )
+        raise ConfigError(f"profile {path}: its device, architecture and tp call for the file name {expected}")
     return profile
 
 

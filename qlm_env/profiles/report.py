@@ -29,9 +29,7 @@ def fit_table(fits: Mapping[ProfileKey, Fit]) -> str:
                 FITTED[key].table,
                 str(sum(error.rows for error in fit.errors.values())),
                 *(
-                    f"{fit.errors[regime].mean:.1%} ({fit.errors[regime].worst:.0%})"
-                    if regime in fit.errors
-                    else ""
+                    f"{fit.errors[regime].mean:.1%} ({fit.errors[regime].worst:.0%})" if regime in fit.errors else ""
                     for regime in REGIMES
                 ),
             ]

@@ -46,9 +46,7 @@ def scale_architecture(
         c1_s_per_token=fitted.c1_s_per_token * parameters,
         c2_s_per_token=fitted.c2_s_per_token * parameters,
         c3_s_per_kv_token=fitted.c3_s_per_kv_token * target.kv_bytes_per_token / source.kv_bytes_per_token,
-        c4_s_per_token2=fitted.c4_s_per_token2
-        * target.attention_flops_per_token2
-        / source.attention_flops_per_token2,
+        c4_s_per_token2=fitted.c4_s_per_token2 * target.attention_flops_per_token2 / source.attention_flops_per_token2,
     )
 
 

@@ -62,9 +62,7 @@ def read_aegaeon(path: Path, model: str, device: str) -> StepTable:
     """
     frame = _read(path, ["model", "device", "input_len", "batch", "prefill_s", "decode_s"])
     frame = frame[(frame.model == model) & (frame.device == device)]
-    frame = frame[
-        (frame.input_len * frame.batch <= AEGAEON_TOKEN_LIMIT) & (frame.batch <= AEGAEON_BATCH_LIMIT)
-    ]
+    frame = frame[(frame.input_len * frame.batch <= AEGAEON_TOKEN_LIMIT) & (frame.batch <= AEGAEON_BATCH_LIMIT)]
     _require_rows(frame, path, f"{model} on {device}")
     prompt, batch = _column(frame, "input_len"), _column(frame, "batch")
     context = prompt + (AEGAEON_DECODE_STEPS - 1) / 2

@@ -101,10 +101,7 @@ def rows_of(names: list[InstanceName]) -> list[Row]:
             kinds.setdefault(f"{name.device}x{name.tp}" if name.tp > 1 else name.device, []).append(i)
         members, pitch = kinds, MAX_STACK_PITCH
     pitch = min(pitch, ROWS_HEIGHT // len(members))
-    return [
-        Row(label, indices, ROWS_Y + k * pitch, pitch - 3)
-        for k, (label, indices) in enumerate(members.items())
-    ]
+    return [Row(label, indices, ROWS_Y + k * pitch, pitch - 3) for k, (label, indices) in enumerate(members.items())]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,7 @@ def sample_arrivals(spec: Arrivals, num_requests: int, rng: np.random.Generator)
 def _rate(spec: PoissonArrivals | GammaArrivals | MarkovArrivals) -> float:
     if spec.rate_per_s is None:
         raise ConfigError(
-            "arrivals.load is a share of a cluster's capacity: resolve it to arrivals.rate_per_s first "
-            "(resolve_load)"
+            "arrivals.load is a share of a cluster's capacity: resolve it to arrivals.rate_per_s first (resolve_load)"
         )
     return spec.rate_per_s
 

@@ -122,27 +122,21 @@ def slo_class_of_entries(workload: WorkloadBase, slo: SloSpec) -> Int:
     names = [c.name for c in slo.classes]
     for entry in workload.mix:
         if entry.slo_class not in names:
-            raise ConfigError(
-                f"workload.mix names slo_class {entry.slo_class!r}; allowed: {', '.join(names)}"
-            )
+            raise ConfigError(f"workload.mix names slo_class {entry.slo_class!r}; allowed: {', '.join(names)}")
     return np.array([names.index(entry.slo_class) for entry in workload.mix], dtype=np.int32)
 
 
 def total_token_limits(workload: SyntheticWorkload | TraceWorkload) -> Int | None:
     """The longest prompt + output of every mix entry, shape (M,), or ``None`` without a limit."""
     if isinstance(workload, SyntheticWorkload):
-        contexts = np.array(
-            [min(model.context_tokens, 2**31 - 1) for model in workload.models], dtype=np.int32
-        )
+        contexts = np.array([min(model.context_tokens, 2**31 - 1) for model in workload.models], dtype=np.int32)
         return contexts[model_of_entries(workload)]
     if workload.max_total_tokens is None:
         return None
     return np.full(len(workload.mix), min(workload.max_total_tokens, 2**31 - 1), dtype=np.int32)
 
 
-def _deal_mix(
-    workload: SyntheticWorkload | TraceWorkload, num_requests: int, rng: np.random.Generator
-) -> Int:
+def _deal_mix(workload: SyntheticWorkload | TraceWorkload, num_requests: int, rng: np.random.Generator) -> Int:
     """The mix entry of every request, shape (num_requests,)."""
     weights = np.array([entry.weight for entry in workload.mix])
     if isinstance(workload, TraceWorkload) and workload.assign == "cycle":

@@ -56,9 +56,7 @@ class WorkloadDescription:
     num_by_slo_class: dict[str, int]
 
 
-def describe(
-    requests: RequestTable, workload: SyntheticWorkload | TraceWorkload, slo: SloSpec
-) -> WorkloadDescription:
+def describe(requests: RequestTable, workload: SyntheticWorkload | TraceWorkload, slo: SloSpec) -> WorkloadDescription:
     """Summarise ``requests``, built from ``workload`` and ``slo``; reads the workload columns only.
 
     Raises:

@@ -59,9 +59,7 @@ def expected_lengths(
     return tuple(expected)
 
 
-def _mean_lengths(
-    prompt: NDArray[np.int32], output: NDArray[np.int32], limit: int | None
-) -> NDArray[np.float64]:
+def _mean_lengths(prompt: NDArray[np.int32], output: NDArray[np.int32], limit: int | None) -> NDArray[np.float64]:
     """Means of prompt, output and output * (prompt + output/2), shape (3,)."""
     if limit is not None:
         prompt, output = prompt.copy(), output.copy()

@@ -46,8 +46,7 @@ PUBLISHED = {
     "sharegpt": PublishedLengths(
         "num_prefill_tokens",
         "num_decode_tokens",
-        "10,000 ShareGPT conversations, Llama-2 tokenizer: sharegpt_10k_llama2.csv of forks of "
-        "microsoft/vidur",
+        "10,000 ShareGPT conversations, Llama-2 tokenizer: sharegpt_10k_llama2.csv of forks of microsoft/vidur",
         "MIT",
     ),
     "azure_conv": PublishedLengths(
@@ -68,10 +67,7 @@ def quantile_table(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.i
         probabilities,
         np.quantile(prompt_tokens, probabilities),
         np.stack(
-            [
-                np.quantile(part, probabilities)
-                for part in np.array_split(output_tokens[by_prompt], NUM_PROMPT_BINS)
-            ]
+            [np.quantile(part, probabilities) for part in np.array_split(output_tokens[by_prompt], NUM_PROMPT_BINS)]
         ),
     )
 

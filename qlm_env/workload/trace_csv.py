@@ -31,9 +31,7 @@ from qlm_env.workload.trace_rows import (
 AZURE = RowFormat("azure", "TIMESTAMP", "ContextTokens", "GeneratedTokens", 1e9, zero_tokens_is_failure=False)
 """Timestamps are dates with up to nine decimals, in UTC or with an offset."""
 
-BURSTGPT = RowFormat(
-    "burstgpt", "Timestamp", "Request tokens", "Response tokens", 1.0, zero_tokens_is_failure=True
-)
+BURSTGPT = RowFormat("burstgpt", "Timestamp", "Request tokens", "Response tokens", 1.0, zero_tokens_is_failure=True)
 """Timestamps are seconds."""
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

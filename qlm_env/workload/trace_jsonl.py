@@ -23,9 +23,7 @@ from qlm_env.workload.trace_rows import (
     trace_of_columns,
 )
 
-MOONCAKE = RowFormat(
-    "mooncake", "timestamp", "input_length", "output_length", 1e3, zero_tokens_is_failure=False
-)
+MOONCAKE = RowFormat("mooncake", "timestamp", "input_length", "output_length", 1e3, zero_tokens_is_failure=False)
 
 
 def read_jsonl_trace(path: Path, content: bytes, row_format: RowFormat) -> Trace:
@@ -44,9 +42,7 @@ def read_columns(content: bytes, row_format: RowFormat) -> Trace | None:
     try:
         table = pa_json.read_json(
             pa.BufferReader(content),
-            parse_options=pa_json.ParseOptions(
-                explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
-            ),
+            parse_options=pa_json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"),
         )
     except pa.ArrowException:
         return None

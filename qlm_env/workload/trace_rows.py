@@ -85,9 +85,7 @@ class TraceRows:
             if tokens != int(tokens):
                 raise self._error(f"{tokens} is not a whole number", line, column)
             if not minimum <= tokens <= MAX_TOKENS:
-                raise self._error(
-                    f"{int(tokens)} is not a length from {minimum} to {MAX_TOKENS}", line, column
-                )
+                raise self._error(f"{int(tokens)} is not a length from {minimum} to {MAX_TOKENS}", line, column)
         self._ticks.append(ticks)
         if min(prompt_tokens, output_tokens) > 0:
             self._kept_ticks.append(ticks)

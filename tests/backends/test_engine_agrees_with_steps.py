@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qlm_env.backends.emulator.reference import StepEngine, StepRequest, serve_by_steps
 from qlm_env.backends.emulator.serve import serve
 from qlm_env.backends.emulator.state import FCFS, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet
 from qlm_env.requests import FINISHED, RequestTable, make_request_table
-from tests.backends.step_engine import StepEngine, StepRequest, serve_by_steps
 
 CASES = 2000
 CHUNKS = 20

@@ -80,8 +80,14 @@ def test_list_planners_keep_queues_in_order(name: str, key: str, env: QLMEnv) ->
 
 
 def test_round_robin_deals_groups_in_turn() -> None:
-    env = QLMEnv(SMALL_MIXED, {**TWO_MODELS, "models": [{"name": "m", "architecture": "llama-2-7b"}],
-                               "mix": [{"model": "m", "slo_class": "batch-2"}]})
+    env = QLMEnv(
+        SMALL_MIXED,
+        {
+            **TWO_MODELS,
+            "models": [{"name": "m", "architecture": "llama-2-7b"}],
+            "mix": [{"model": "m", "slo_class": "batch-2"}],
+        },
+    )
     env.reset(seed=0)
     planner = make_planner(parse_planner("round_robin", {}))
     planner.reset(env.view, np.random.default_rng(0))
@@ -95,11 +101,11 @@ def test_round_robin_deals_groups_in_turn() -> None:
 
 
 def test_unknown_planners_and_options_are_named() -> None:
-    with pytest.raises(ConfigError, match="no planner named 'edff'; allowed: fcfs, edf.*did you mean 'edf'"):
+    with pytest.raises(ConfigError, match=r"no planner named 'edff'; allowed: fcfs, edf.*did you mean 'edf'"):
         parse_planner("edff", {})
-    with pytest.raises(ConfigError, match="unknown key 'planner.qlm.time_limit'.*did you mean 'time_limit_s'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'planner.qlm.time_limit'.*did you mean 'time_limit_s'"):
         parse_planner("qlm", {"time_limit": 1})
-    with pytest.raises(ConfigError, match="planner.qlm.time_limit_s"):
+    with pytest.raises(ConfigError, match=r"planner.qlm.time_limit_s"):
         parse_planner("qlm", {"time_limit_s": 0})
 
 

@@ -21,7 +21,9 @@ def random_columns(rng: np.random.Generator, num_groups: int, num_instances: int
         for i in range(num_instances):
             groups = tuple(int(g) for g in np.flatnonzero(assignment == i))
             if groups:
-                start.append(columns.setdefault((i, groups), Column(i, groups, float(rng.uniform(1, 20) * len(groups)))))
+                start.append(
+                    columns.setdefault((i, groups), Column(i, groups, float(rng.uniform(1, 20) * len(groups))))
+                )
         for g in np.flatnonzero(assignment == num_instances):
             held = Column(None, (int(g),), float(rng.uniform(5, 30)))
             start.append(columns.setdefault((None, (int(g),)), held))
@@ -60,7 +62,9 @@ def test_a_stopped_solve_returns_at_least_the_start() -> None:
 def test_the_time_limit_holds() -> None:
     rng = np.random.default_rng(2)
     columns = [
-        Column(int(rng.integers(20)), tuple(sorted(rng.choice(60, 4, replace=False).tolist())), float(rng.uniform(1, 9)))
+        Column(
+            int(rng.integers(20)), tuple(sorted(rng.choice(60, 4, replace=False).tolist())), float(rng.uniform(1, 9))
+        )
         for _ in range(4000)
     ]
     held = [Column(None, (g,), 9.0) for g in range(60)]

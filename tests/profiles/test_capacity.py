@@ -86,9 +86,7 @@ def test_resident_tokens_of_a_sample_by_hand() -> None:
 
 
 def test_resident_tokens_default_to_requests_all_alike() -> None:
-    rates = [
-        saturated_rate_per_s(toy_profile(), EngineSpec(), 300, 200, resident) for resident in (None, 400, 500)
-    ]
+    rates = [saturated_rate_per_s(toy_profile(), EngineSpec(), 300, 200, resident) for resident in (None, 400, 500)]
     assert rates[0] == rates[1] > rates[2]
 
 
@@ -120,9 +118,7 @@ def rate_by_steps(profile: Profile, max_num_seqs: int, prompt: int, output: int,
     return finished / seconds
 
 
-@pytest.mark.parametrize(
-    ("prompt", "output", "slots"), [(50, 100, 100), (100, 50, 10), (1, 20, 60), (30, 1, 8)]
-)
+@pytest.mark.parametrize(("prompt", "output", "slots"), [(50, 100, 100), (100, 50, 10), (1, 20, 60), (30, 1, 8)])
 def test_the_rate_is_that_of_a_loop_over_steps(prompt: int, output: int, slots: int) -> None:
     """Exact without a break in the token cost, since then only sums count."""
     profile = toy_profile(c2_s_per_token=1e-5)
@@ -221,9 +217,7 @@ def test_each_model_goes_where_it_fits(folder: Path) -> None:
 
 def test_resident_tokens_reach_the_capacity(folder: Path) -> None:
     alike, varied = (
-        cluster_capacity_per_s(
-            cluster(("FAST", 1)), MODELS, [ModelLoad("s", 1.0, 300, 200, resident)], folder
-        )
+        cluster_capacity_per_s(cluster(("FAST", 1)), MODELS, [ModelLoad("s", 1.0, 300, 200, resident)], folder)
         for resident in (None, 800)
     )
     assert alike > varied
@@ -284,9 +278,7 @@ def test_placement_names_the_groups_a_model_fits(folder: Path) -> None:
 
 def test_a_model_fits_only_where_the_kv_cache_holds_its_context(folder: Path) -> None:
     group = InstancesSpec(device="FAST")
-    fits, too_long = (
-        ModelSpec(name="s", architecture="small", context_tokens=tokens) for tokens in (16_000, 16_001)
-    )
+    fits, too_long = (ModelSpec(name="s", architecture="small", context_tokens=tokens) for tokens in (16_000, 16_001))
     assert fitting_profile(group, EngineSpec(), fits, folder) is not None
     assert fitting_profile(group, EngineSpec(), too_long, folder) is None
     with pytest.raises(ConfigError, match="FAST tp=1: KV cache of 16000 tokens below context_tokens=16001"):
@@ -301,9 +293,7 @@ def test_a_model_that_fits_nowhere_is_named_with_its_bytes(folder: Path) -> None
         "(SLOW tp=1: no profile); profiles of big: FAST tp=1"
     )
     with pytest.raises(ConfigError, match=r"'x' \(unheard-of\) .* profiles of unheard-of: none"):
-        check_placement(
-            cluster(("SLOW", 1)), workload(ModelSpec(name="x", architecture="unheard-of")), folder
-        )
+        check_placement(cluster(("SLOW", 1)), workload(ModelSpec(name="x", architecture="unheard-of")), folder)
 
 
 @pytest.mark.parametrize(

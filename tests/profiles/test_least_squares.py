@@ -92,17 +92,13 @@ def test_held_out_predictions_do_not_see_the_step_they_predict() -> None:
     table = grid()
     latency_s = table.latency_s.copy()
     latency_s[0] *= 1000
-    predicted_s = held_out_predictions_s(
-        table._replace(latency_s=latency_s), NO_BOUNDS, np.random.default_rng(0)
-    )
+    predicted_s = held_out_predictions_s(table._replace(latency_s=latency_s), NO_BOUNDS, np.random.default_rng(0))
     assert predicted_s[0] == pytest.approx(table.latency_s[0], rel=1e-6)
 
 
 def test_the_split_depends_on_the_generator_alone() -> None:
     table = grid()._replace(latency_s=grid().latency_s * np.random.default_rng(3).normal(1, 0.05, 44))
-    first, again, other = (
-        held_out_predictions_s(table, NO_BOUNDS, np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (held_out_predictions_s(table, NO_BOUNDS, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 

@@ -42,9 +42,7 @@ def test_no_profile_says_what_there_is() -> None:
         match=r"^no profile for llama-2-70b on A10 tp=1; A10 has: .*llama-2-7b tp=1, llama-2-7b tp=2",
     ):
         load_profile("A10", "llama-2-70b", 1)
-    with pytest.raises(
-        ConfigError, match=r"no profile for llama-2-7b on B300 tp=1; devices with profiles: A10, A100$"
-    ):
+    with pytest.raises(ConfigError, match=r"no profile for llama-2-7b on B300 tp=1; devices with profiles: A10, A100$"):
         load_profile("B300", "llama-2-7b", 1)
 
 

@@ -68,9 +68,7 @@ def test_kinds_say_how_a_number_came_about(profile: Profile) -> None:
     assert profile.c0_s.kind == ("fitted" if fitted else "estimated")
     assert (profile.c0_s.fit_error is not None) == fitted
     assert profile.num_gpu_blocks.kind == "estimated"
-    assert profile.wake_s.kind == (
-        "fitted" if profile.device == "A100" and profile.tp in (1, 4) else "estimated"
-    )
+    assert profile.wake_s.kind == ("fitted" if profile.device == "A100" and profile.tp in (1, 4) else "estimated")
 
 
 def test_more_gpus_are_faster_but_not_more_than_in_proportion() -> None:
@@ -111,18 +109,12 @@ def test_fits_predict_held_out_steps() -> None:
 
 @needs_data
 def test_the_a100_parallel_efficiency_is_that_of_the_fits() -> None:
-    by_key = {
-        (key.architecture, key.tp): fit
-        for key, fit in fits(DATA / "profiles").items()
-        if key.device == "A100"
-    }
+    by_key = {(key.architecture, key.tp): fit for key, fit in fits(DATA / "profiles").items() if key.device == "A100"}
     small, large = by_key["llama-3.1-8b", 1].coefficients, by_key["llama-3.1-70b", 4].coefficients
     ratio = ARCHITECTURES["llama-3.1-70b"].parameters / ARCHITECTURES["llama-3.1-8b"].parameters
     efficiency = PARALLEL_EFFICIENCY["A100", 4]
     assert small.c0_s * ratio / 4 / large.c0_s == pytest.approx(efficiency.memory, abs=0.01)
-    assert small.c2_s_per_token * ratio / 4 / large.c2_s_per_token == pytest.approx(
-        efficiency.compute, abs=0.01
-    )
+    assert small.c2_s_per_token * ratio / 4 / large.c2_s_per_token == pytest.approx(efficiency.compute, abs=0.01)
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,14 +79,10 @@ def episode_of_planner_dependent_workload(
 ) -> EpisodeResult:
     """What must never happen: the planner's choices change the requests."""
     result = episode(scenario, planner, seed, timeline=timeline)
-    return EpisodeResult(
-        result.metrics, f"{planner.name}-{seed}", result.decision_ms, result.wall_s, result.timeline
-    )
+    return EpisodeResult(result.metrics, f"{planner.name}-{seed}", result.decision_ms, result.wall_s, result.timeline)
 
 
-def failing_episode(
-    scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool
-) -> EpisodeResult:
+def failing_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:
     """EDF raises under seed 1, QLM's process is killed under seed 0."""
     if (planner.name, seed) == ("edf", 1):
         raise ArithmeticError("lost\na request")
@@ -95,9 +91,7 @@ def failing_episode(
     return episode(scenario, planner, seed, timeline=timeline)
 
 
-def logged_episode(
-    scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool
-) -> EpisodeResult:
+def logged_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:
     """Leaves a line in the file EPISODE_LOG per call, and takes EPISODE_SECONDS."""
     with Path(os.environ["EPISODE_LOG"]).open("a", encoding="utf-8") as log:
         log.write(f"{planner.name} {seed}\n")

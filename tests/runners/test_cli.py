@@ -173,9 +173,7 @@ def test_multirun_gives_every_job_a_folder_and_puts_them_together(
 ) -> None:
     fake_commands(fakes.episode)
     out = tmp_path / "sweep"
-    code = main(
-        ["compare", *SMALL, "-m", "workload.arrivals.load=0.5,0.8", "planner=[fcfs]", "seeds=1", f"out={out}"]
-    )
+    code = main(["compare", *SMALL, "-m", "workload.arrivals.load=0.5,0.8", "planner=[fcfs]", "seeds=1", f"out={out}"])
     assert code == 0
     rows = fakes.read_rows(out)
     assert list(rows["job"]) == ["0", "1"]

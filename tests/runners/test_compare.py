@@ -98,9 +98,7 @@ def test_a_comparison_leaves_rows_summary_figures_and_timelines(
     )
     assert (qlm["requests"], qlm["finished"], qlm["rejected"]) == (200, 196, 2)
     assert qlm["slo_attainment"] == pytest.approx({"iqm": 0.715, "lo": 0.7, "hi": 0.73})
-    assert qlm["slo_attainment_per_class"]["interactive"] == pytest.approx(
-        {"iqm": 0.615, "lo": 0.6, "hi": 0.63}
-    )
+    assert qlm["slo_attainment_per_class"]["interactive"] == pytest.approx({"iqm": 0.615, "lo": 0.6, "hi": 0.63})
     assert qlm["slo_attainment_per_class"]["empty"] == {"iqm": None, "lo": None, "hi": None}
     assert (qlm["swaps"], qlm["evictions"], qlm["utilisation"]) == (2, 2, pytest.approx(0.7))
     assert (qlm["decision_p50_ms"], qlm["emulated_s"], qlm["wall_s"]) == (2.5, 60, 0.25)
@@ -155,14 +153,10 @@ def test_a_second_run_only_runs_what_is_new(configure: Configure, episode_log: P
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_row_that_cannot_be_read_or_lacks_its_timeline_is_run_again(
-    configure: Configure, episode_log: Path
-) -> None:
+def test_a_row_that_cannot_be_read_or_lacks_its_timeline_is_run_again(configure: Configure, episode_log: Path) -> None:
     config = configure("planner=[fcfs,edf]", "seeds=1")
     run(config, fakes.logged_episode)
-    (damaged,) = (
-        path for path in (config.out / "rows").iterdir() if pd.read_parquet(path)["planner"][0] == "edf"
-    )
+    (damaged,) = (path for path in (config.out / "rows").iterdir() if pd.read_parquet(path)["planner"][0] == "edf")
     damaged.write_bytes(damaged.read_bytes()[:100])
     (timeline,) = (config.out / "timelines").glob("fcfs-*")
     timeline.unlink()
@@ -231,9 +225,7 @@ def test_ctrl_c_keeps_what_has_finished(configure: Configure, monkeypatch: pytes
 
     config = configure("planner=[fcfs,edf]", "seeds=2")
     monkeypatch.setattr("runners.episodes.EpisodeProgress.advance", interrupt)
-    with pytest.raises(
-        CommandInterrupted, match=r"interrupted; 1 of 4 episodes are kept in .*same command again"
-    ):
+    with pytest.raises(CommandInterrupted, match=r"interrupted; 1 of 4 episodes are kept in .*same command again"):
         run(config)
     monkeypatch.undo()
     run(config)

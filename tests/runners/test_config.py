@@ -31,9 +31,7 @@ TRACES = ("azure_conv", "mooncake", "burstgpt")
 Configure = Callable[..., CompareConfig]
 
 
-@pytest.mark.parametrize(
-    ("value", "seeds"), [(3, (0, 1, 2)), (1, (0,)), ([4, 7], (4, 7)), ([5], (5,)), ([0], (0,))]
-)
+@pytest.mark.parametrize(("value", "seeds"), [(3, (0, 1, 2)), (1, (0,)), ([4, 7], (4, 7)), ([5], (5,)), ([0], (0,))])
 def test_seeds_are_a_count_or_a_list(value: object, seeds: tuple[int, ...]) -> None:
     assert parse(RunOptions, {"seeds": value, "out": "x"}).seeds == seeds
 
@@ -120,9 +118,7 @@ def test_shipped_clusters_have_profiles_and_the_sizes_they_claim(configure: Conf
     for name in group_options("cluster"):
         groups = configure(f"cluster={name}").scenario.cluster.instances
         assert {(group.device, group.tp) for group in groups} <= profiled
-        gpus[name] = {
-            device: sum(g.count * g.tp for g in groups if g.device == device) for device in ("A10", "A100")
-        }
+        gpus[name] = {device: sum(g.count * g.tp for g in groups if g.device == device) for device in ("A10", "A100")}
     assert gpus == {
         "smoke": {"A10": 0, "A100": 2},
         "small": {"A10": 4, "A100": 4},

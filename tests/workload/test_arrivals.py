@@ -51,9 +51,7 @@ def test_gamma_gaps_have_the_rate_and_the_coefficient_of_variation_asked_for(cv:
 
 def test_markov_arrivals_have_the_long_run_rate_and_dispersion_of_theory() -> None:
     calm_s, burst_s, factor, rate = 6.0, 1.5, 5.0, 10.0
-    spec = MarkovArrivals(
-        kind="markov", rate_per_s=rate, burst_factor=factor, mean_calm_s=calm_s, mean_burst_s=burst_s
-    )
+    spec = MarkovArrivals(kind="markov", rate_per_s=rate, burst_factor=factor, mean_calm_s=calm_s, mean_burst_s=burst_s)
     arrival_s = sample_arrivals(spec, 1_000_000, rng())
 
     share = burst_s / (calm_s + burst_s)

@@ -74,9 +74,7 @@ def test_the_first_requests_of_a_seed_never_change() -> None:
     requests = build_requests(synthetic(service_noise_cv=0.5, mega_prompts={"share": 0.3}), SLO, seed=7)
     assert requests.arrival_s[:4] == pytest.approx(ARRIVAL_S, rel=1e-12)
     assert requests.service_factor[:4] == pytest.approx(SERVICE_FACTOR, rel=1e-12)
-    assert [
-        requests[name][:4].tolist() for name in ("prompt_tokens", "output_tokens", "model", "slo_class")
-    ] == [
+    assert [requests[name][:4].tolist() for name in ("prompt_tokens", "output_tokens", "model", "slo_class")] == [
         PROMPT_TOKENS,
         OUTPUT_TOKENS,
         MODEL,
@@ -217,14 +215,10 @@ def test_service_noise_is_lognormal_with_mean_one() -> None:
 
 def test_synthetic_lengths_are_cut_to_the_context_of_their_model() -> None:
     long = {"kind": "uniform", "prompt_min_tokens": 3000, "prompt_max_tokens": 3000}
-    requests = build_requests(
-        synthetic(lengths=long | {"output_min_tokens": 100, "output_max_tokens": 100}), SLO, 5
-    )
+    requests = build_requests(synthetic(lengths=long | {"output_min_tokens": 100, "output_max_tokens": 100}), SLO, 5)
     small = requests.model == 0
     assert set(zip(requests.prompt_tokens[small], requests.output_tokens[small], strict=True)) == {(2047, 1)}
-    assert set(zip(requests.prompt_tokens[~small], requests.output_tokens[~small], strict=True)) == {
-        (3000, 100)
-    }
+    assert set(zip(requests.prompt_tokens[~small], requests.output_tokens[~small], strict=True)) == {(3000, 100)}
 
 
 # --------------------------------------------------------------------------- traces

@@ -63,15 +63,11 @@ def test_an_empty_table_has_no_description() -> None:
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.floats(0, 50), min_size=2, max_size=60), st.sampled_from([0.5, 1.0, 4.0]))
-def test_index_of_dispersion_is_variance_over_mean_of_window_counts(
-    times: list[float], window_s: float
-) -> None:
+def test_index_of_dispersion_is_variance_over_mean_of_window_counts(times: list[float], window_s: float) -> None:
     arrival_s = np.sort(np.array(times))
     since_first_s = arrival_s - arrival_s[0]
     num_windows = math.floor(since_first_s[-1] / window_s)
-    counts = [
-        sum(k * window_s <= time < (k + 1) * window_s for time in since_first_s) for k in range(num_windows)
-    ]
+    counts = [sum(k * window_s <= time < (k + 1) * window_s for time in since_first_s) for k in range(num_windows)]
     expected = np.var(counts) / np.mean(counts) if num_windows >= 2 else math.nan
     assert index_of_dispersion(arrival_s, window_s) == pytest.approx(expected, nan_ok=True)
 

@@ -247,9 +247,7 @@ MALFORMED: dict[str, tuple[TraceFormat, str | bytes, int | None, str | None, str
 }
 
 
-@pytest.mark.parametrize(
-    ("trace_format", "content", "at_line", "column", "problem"), MALFORMED.values(), ids=MALFORMED
-)
+@pytest.mark.parametrize(("trace_format", "content", "at_line", "column", "problem"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_in_one_line_naming_file_line_and_column(
     trace_format: TraceFormat,
     content: str | bytes,

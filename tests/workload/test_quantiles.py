@@ -40,18 +40,14 @@ def test_output_quantiles_are_those_of_equally_likely_prompt_ranges() -> None:
     bins = quantiles.NUM_PROMPT_BINS
     prompt = np.repeat(np.arange(1, bins + 1), 10)[::-1]
     table = quantiles.quantile_table(prompt, 100 * prompt)
-    assert table.output_tokens.tolist() == [
-        [100.0 * k] * len(quantiles.PROBABILITIES) for k in range(1, bins + 1)
-    ]
+    assert table.output_tokens.tolist() == [[100.0 * k] * len(quantiles.PROBABILITIES) for k in range(1, bins + 1)]
 
 
 @pytest.mark.parametrize(
     "text",
     ["a,b\n1,2\n", "num_prefill_tokens,num_decode_tokens\n", "num_prefill_tokens,num_decode_tokens\n1,x\n"],
 )
-def test_a_file_without_the_columns_is_refused(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_the_columns_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "wrong.csv"
     wrong.write_text(text)
     with pytest.raises(SystemExit):

@@ -135,9 +135,7 @@ def read_both(content: bytes, row_format: RowFormat) -> tuple[Trace | None, Trac
     path = Path("trace")
     try:
         if row_format is MOONCAKE:
-            return trace_jsonl.read_columns(content, row_format), trace_jsonl.read_rows(
-                path, content, row_format
-            )
+            return trace_jsonl.read_columns(content, row_format), trace_jsonl.read_rows(path, content, row_format)
         return (
             trace_csv.read_columns(content, row_format),
             trace_csv.read_rows(path, content, row_format),

@@ -35,8 +35,10 @@ def _blocks_over(fleet: Fleet, i: int, first_tick: int, steps: int) -> int:
     """
     cycles = steps // fleet.block_size
     total = cycles * fleet.engine[i].decodes
-    for tick in range(first_tick + cycles * fleet.block_size, first_tick + steps):
-        total += fleet.block_phase[i, tick % fleet.block_size]
+    phase = first_tick % fleet.block_size
+    for _ in range(steps - cycles * fleet.block_size):
+        total += fleet.block_phase[i, phase]
+        phase = phase + 1 if phase + 1 < fleet.block_size else 0
     return total
 
 
@@ -229,8 +231,7 @@ def _victim(fleet: Fleet, requests: RequestTable, i: int) -> int:
 def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> None:
     """The running part of a step when blocks do not suffice: request by request, preempting as needed.
 
-    A decode that is not scheduled does not advance with the tick, so its slot is shifted against it. When
-    nothing could be scheduled there is no step and no tick; see :func:`must_reschedule`.
+    When nothing could be scheduled there is no step and no tick; see :func:`must_reschedule`.
     """
     engine = fleet.engine[i]
     slot = 0
@@ -255,17 +256,8 @@ def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> N
         engine.token_budget -= tokens
         fleet.slot[i, slot].chunk = tokens
         slot += 1
-    if slot == 0:
-        return
     for idle in range(slot, engine.num_running):
-        place = fleet.slot[i, idle]
-        place.chunk = 0
-        if place.finish_tick != NO_FINISH:
-            fleet.block_phase[i, -place.kv_offset % fleet.block_size] -= 1
-            place.kv_offset -= 1
-            place.finish_tick += 1
-            fleet.block_phase[i, -place.kv_offset % fleet.block_size] += 1
-            engine.decode_kv_tokens -= 1
+        fleet.slot[i, idle].chunk = 0
 
 
 @kernel
@@ -301,10 +293,15 @@ def must_reschedule(fleet: Fleet, i: int) -> bool:
 
 
 @kernel
+def input_blocks(fleet: Fleet, requests: RequestTable, r: int) -> int:
+    """KV blocks of a waiting request's whole input, tokens generated so far included."""
+    return blocks_for(requests[r].prompt_tokens + requests[r].generated_tokens, fleet.block_size)
+
+
+@kernel
 def whole_input_fits(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
     """vLLM admits only what has free blocks for its whole input (``scheduler_reserve_full_isl``)."""
-    total = requests[r].prompt_tokens + requests[r].generated_tokens
-    return bool(blocks_for(total, fleet.block_size) <= fleet.engine[i].free_blocks)
+    return bool(input_blocks(fleet, requests, r) <= fleet.engine[i].free_blocks)
 
 
 @kernel
@@ -441,6 +438,22 @@ def catch_up(fleet: Fleet, i: int, now_s: float) -> None:
 
 
 @kernel
+def _hold_back_unscheduled(fleet: Fleet, i: int) -> None:
+    """Decodes that the preempting step now ending left out did not advance: shift them against the tick."""
+    engine = fleet.engine[i]
+    engine.min_finish_tick = NO_FINISH
+    for slot in range(engine.num_running):
+        place = fleet.slot[i, slot]
+        if place.chunk == 0 and place.finish_tick != NO_FINISH:
+            fleet.block_phase[i, -place.kv_offset % fleet.block_size] -= 1
+            place.kv_offset -= 1
+            place.finish_tick += 1
+            fleet.block_phase[i, -place.kv_offset % fleet.block_size] += 1
+            engine.decode_kv_tokens -= 1
+        engine.min_finish_tick = min(engine.min_finish_tick, place.finish_tick)
+
+
+@kernel
 def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> int:
     """Commit the leap that ends now: tokens, first tokens, finished requests.
 
@@ -454,6 +467,8 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
     now_s = engine.next_event_s
     running = engine.num_running
     _advance_ticks(fleet, i, engine.steps, now_s - engine.start_s)
+    if engine.preempted:
+        _hold_back_unscheduled(fleet, i)
     for slot in range(engine.first_prefill, running):
         place = fleet.slot[i, slot]
         if place.finish_tick != NO_FINISH:
@@ -465,9 +480,7 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
             if request.first_token_s != request.first_token_s:
                 request.first_token_s = now_s
             request.generated_tokens += 1
-            _start_decoding(
-                fleet, i, slot, place.kv_offset, request.output_tokens - request.generated_tokens
-            )
+            _start_decoding(fleet, i, slot, place.kv_offset, request.output_tokens - request.generated_tokens)
     count = 0
     if engine.min_finish_tick <= engine.tick:
         kept = 0

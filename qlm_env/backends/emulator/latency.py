@@ -42,7 +42,7 @@ def step_time_s(placement: Any, new_tokens: float, decodes: float, kv_tokens: fl
 
 @compiled
 def steps_time_s(first_step_s: float, growth_s: float, steps: int) -> float:
-    """Seconds of ``steps`` consecutive steps of which the first takes ``first_step_s`` and each next ``growth_s`` more."""
+    """Seconds of ``steps`` steps in a row, the first of ``first_step_s`` and each next one ``growth_s`` longer."""
     return steps * first_step_s + growth_s * (0.5 * steps * (steps - 1.0))
 
 

@@ -7,17 +7,29 @@ bounded; the least recently used warm model makes room.
 
 from __future__ import annotations
 
-import numpy as np
-
 from qlm_env.backends.emulator.state import GPU, HOST, NEVER, NO_FINISH, STORAGE, Fleet
 from qlm_env.compiled import compiled, kernel
-from qlm_env.requests import NOWHERE
+from qlm_env.requests import NOWHERE, RequestTable
 
 
 @compiled
 def fits(fleet: Fleet, i: int, model: int) -> bool:
     """Whether the instance can serve the model at all."""
     return bool(fleet.placement[i, model].num_blocks > 0)
+
+
+@kernel
+def can_ever_run(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
+    """Whether an instance that serves the request's model can take the request from first to last token."""
+    request = requests[r]
+    placement = fleet.placement[i, request.model]
+    # The last token is never fed back, so its KV is never cached.
+    cached = request.prompt_tokens + request.output_tokens - 1
+    return bool(
+        request.prompt_tokens + request.output_tokens <= placement.context_tokens
+        and cached <= placement.num_blocks * fleet.block_size
+        and (fleet.chunked_prefill or cached <= fleet.max_num_batched_tokens)
+    )
 
 
 @kernel
@@ -61,8 +73,7 @@ def _make_room(fleet: Fleet, i: int, needed_bytes: float) -> bool:
         oldest = NOWHERE
         for model in range(fleet.placement.shape[1]):
             if fleet.placement[i, model].residency == HOST and (
-                oldest == NOWHERE
-                or fleet.placement[i, model].last_used_s < fleet.placement[i, oldest].last_used_s
+                oldest == NOWHERE or fleet.placement[i, model].last_used_s < fleet.placement[i, oldest].last_used_s
             ):
                 oldest = model
         if oldest == NOWHERE:
@@ -160,9 +171,12 @@ def place_initially(fleet: Fleet, i: int, model: int, residency: int) -> None:
 
 
 @kernel
-def power_off(fleet: Fleet, i: int) -> None:
+def power_off(fleet: Fleet, i: int, now_s: float) -> None:
     """The instance fails: GPU and host memory are lost. Its batch and queue must have been emptied."""
     engine = fleet.engine[i]
+    if engine.swap_target != NOWHERE:
+        # A swap is booked whole when it begins.
+        engine.swapping_s -= engine.next_event_s - now_s
     engine.up = 0
     engine.active_model = NOWHERE
     engine.free_blocks = 0
@@ -174,7 +188,7 @@ def power_off(fleet: Fleet, i: int) -> None:
     engine.pending_swap = NOWHERE
     engine.swap_target = NOWHERE
     engine.stage_target = NOWHERE
-    engine.stage_end_s = np.inf
+    engine.stage_end_s = NEVER
     engine.host_used_bytes = 0.0
     engine.host_kv_used_bytes = 0.0
     for model in range(fleet.placement.shape[1]):

@@ -21,34 +21,34 @@ from qlm_env.backends.emulator.engine import (
 )
 from qlm_env.backends.emulator.state import Fleet
 from qlm_env.compiled import compiled, kernel
-from qlm_env.requests import NOWHERE, RequestTable
+from qlm_env.requests import NOWHERE, Int, RequestTable
 
 
 @kernel
-def schedule_from_queue(
-    fleet: Fleet, requests: RequestTable, i: int, now_s: float
-) -> None:
+def schedule_from_queue(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None:
     """Schedule a step of instance ``i`` with admissions from the engine's own queue."""
     engine = fleet.engine[i]
     while True:
         begin_step(fleet, requests, i)
-        while engine.queue_head != NOWHERE and try_admit(
-            fleet, requests, i, engine.queue_head, now_s
-        ):
+        while engine.queue_head != NOWHERE and try_admit(fleet, requests, i, engine.queue_head, now_s):
             dequeue(fleet, requests, i)
         if not must_reschedule(fleet, i):
             break
     end_step(fleet, requests, i, now_s)
 
 
-@compiled
 def serve(fleet: Fleet, requests: RequestTable, i: int, until_s: float) -> int:
     """Serve every request of the table on instance ``i`` in order of arrival, up to ``until_s``.
 
     The instance must hold the requests' model. Returns the number of leaps taken.
     """
+    return _serve(fleet, requests, i, until_s, np.zeros(fleet.max_num_seqs, np.int32))
+
+
+@compiled
+def _serve(fleet: Fleet, requests: RequestTable, i: int, until_s: float, finished: Int) -> int:
+    """As :func:`serve`, with scratch for the requests that finish in a step, shape (S,)."""
     engine = fleet.engine[i]
-    finished = np.empty(fleet.max_num_seqs, np.int32)
     num_requests = len(requests)
     arriving = 0
     leaps = 0

@@ -1,7 +1,7 @@
 """vLLM V1's scheduling loop, one step and one request at a time, in plain Python.
 
-The oracle for the compiled engine: no leaps, no lazy counters, no shared code with it. Every step
-schedules from scratch, as `vllm.v1.core.sched.scheduler.Scheduler.schedule` does.
+What :mod:`.engine` must agree with, and what its speed is measured against: no leaps, no lazy counters, no code
+shared with it. Every step schedules from scratch, as ``vllm.v1.core.sched.scheduler.Scheduler.schedule`` does.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(eq=False)
 class StepRequest:
+    """A request and its progress; ``priority`` is its SLO class, ``factor`` its service-time factor."""
+
     row: int
     arrival_s: float
     prompt: int
@@ -21,6 +23,7 @@ class StepRequest:
     computed: int = 0
     generated: int = 0
     blocks: int = 0
+    """KV blocks it holds."""
     prefilling: bool = True
     first_token_s: float = math.nan
     finish_s: float = math.nan
@@ -30,12 +33,16 @@ class StepRequest:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens known so far; those not yet computed are to be computed next."""
         return self.prompt + self.generated
 
 
 @dataclass
 class StepEngine:
-    coefficients: tuple[float, ...]  # c0, c1, n0, c2, c3, c4, c5
+    """One engine: its settings, as vLLM names them, and its two queues."""
+
+    coefficients: tuple[float, ...]
+    """c0, c1, n0, c2, c3, c4, c5 of the step time (:mod:`.latency`)."""
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -47,22 +54,31 @@ class StepEngine:
     steps: int = 0
     preemption_log: list[int] = field(default_factory=list)
 
-    @property
-    def free_blocks(self) -> int:
-        return self.num_blocks - sum(request.blocks for request in self.running)
+    def __post_init__(self) -> None:
+        self.free_blocks = self.num_blocks
 
     def blocks_for(self, tokens: int) -> int:
+        """KV blocks that hold ``tokens``."""
         return math.ceil(tokens / self.block_size)
 
+    def hold(self, request: StepRequest, tokens: int) -> None:
+        """Give a request the blocks for ``tokens``; 0 frees what it has."""
+        self.free_blocks += request.blocks
+        request.blocks = self.blocks_for(tokens)
+        self.free_blocks -= request.blocks
+
     def add(self, request: StepRequest) -> None:
+        """A request arrives."""
         self.waiting.append(request)
         if self.priority:
             self.waiting.sort(key=lambda r: (r.priority, r.arrival_s, r.row))
 
     def preempt(self, request: StepRequest) -> None:
+        """Back to the head of the queue, everything computed lost."""
         self.running.remove(request)
+        self.hold(request, 0)
         request.recomputed += request.computed
-        request.computed = request.blocks = 0
+        request.computed = 0
         request.prefilling = True
         request.preemptions += 1
         self.preemption_log.append(request.row)
@@ -98,7 +114,7 @@ class StepEngine:
                     break
             if request not in self.running:
                 break
-            request.blocks = self.blocks_for(request.computed + tokens)
+            self.hold(request, request.computed + tokens)
             scheduled.append((request, tokens))
             budget -= tokens
             index += 1
@@ -112,7 +128,7 @@ class StepEngine:
             tokens = min(tokens, budget)
             self.waiting.pop(0)
             self.running.append(request)
-            request.blocks = self.blocks_for(request.computed + tokens)
+            self.hold(request, request.computed + tokens)
             if math.isnan(request.scheduled_s):
                 request.scheduled_s = now_s
             scheduled.append((request, tokens))
@@ -120,6 +136,7 @@ class StepEngine:
         return scheduled
 
     def step_time_s(self, scheduled: list[tuple[StepRequest, int]]) -> float:
+        """Seconds the step takes, by the formula of :mod:`.latency`, term by term."""
         c0, c1, n0, c2, c3, c4, c5 = self.coefficients
         new_tokens = sum(tokens for _, tokens in scheduled)
         time_s = c0 + c1 * min(new_tokens, n0) + c2 * max(0, new_tokens - n0)
@@ -147,7 +164,7 @@ class StepEngine:
                 request.first_token_s = end_s
             if request.generated == request.output:
                 request.finish_s = end_s
-                request.blocks = 0
+                self.hold(request, 0)
                 self.running.remove(request)
         return end_s
 
