@@ -140,7 +140,7 @@ def record(world: World, kind: int, instance: int, subject: int, count: int) -> 
     if not world.logging:
         return
     clock = world.clock[0]
-    if clock.events > 0:
+    if kind == PULL and clock.events > 0:
         last = world.log[clock.events - 1]
         if last.kind == kind and last.instance == instance and last.subject == subject and last.time_s == clock.now_s:
             last.count += count
@@ -368,6 +368,10 @@ def poke(world: World, i: int) -> int:
         or (engine.num_running < world.fleet.max_num_seqs and _next_candidate(world, i) != NOWHERE)
     ):
         interrupt(world.fleet, i, world.clock[0].now_s)
+    elif world.queues.queue[i].blocked_since_s == NEVER:
+        r = _next_candidate(world, i)
+        if r != NOWHERE and _runs_less_urgent(world, i, r):
+            world.queues.queue[i].blocked_since_s = world.clock[0].now_s
     return 0
 
 
@@ -493,7 +497,7 @@ def advance(world: World, until_s: float, stop_at_epoch: bool) -> int:
             clock.now_s = max(clock.now_s, until_s)
             break
         if world.logging and clock.events + 4 * fleet.max_num_seqs > len(world.log):
-            epoch |= LOG_FULL
+            epoch = epoch | LOG_FULL if stop_at_epoch else LOG_FULL
             break
         clock.now_s = max(clock.now_s, event_s)
         if failure_s == event_s:

@@ -185,10 +185,10 @@ class ActionCodec:
     @property
     def num_actions(self) -> int:
         """``n`` of the action space."""
-        return self._starts[-1]
+        return self.verb_starts[-1]
 
     @cached_property
-    def _starts(self) -> tuple[int, ...]:
+    def verb_starts(self) -> tuple[int, ...]:
         """The first action of each verb, and the end of the last."""
         balances = 2 * self.num_rows * self.num_instances
         models = self.num_instances * self.num_models
@@ -205,7 +205,7 @@ class ActionCodec:
             ValueError: the group stands in no row of its own.
         """
         verb, instance, subject, option = lso.code()
-        start = self._starts[verb]
+        start = self.verb_starts[verb]
         if verb == ADVANCE:
             return start
         if verb == BALANCE:
@@ -227,8 +227,8 @@ class ActionCodec:
         """
         if not 0 <= action < self.num_actions:
             raise ValueError(f"action {action} is outside 0..{self.num_actions - 1}")
-        verb = bisect_right(self._starts, action) - 1
-        rest = action - self._starts[verb]
+        verb = bisect_right(self.verb_starts, action) - 1
+        rest = action - self.verb_starts[verb]
         if verb == ADVANCE:
             return Advance()
         if verb == BALANCE:

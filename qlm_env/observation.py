@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qlm_env.backends.emulator.state import HOST, NO_EVICTION
 from qlm_env.compiled import kernel
 from qlm_env.dynamics import World
+from qlm_env.features import CLUSTER_FEATURES, GROUP_FEATURES, INSTANCE_FEATURES, width
 from qlm_env.requests import NOWHERE, Byte, Int, Records
 
 Float32 = NDArray[np.float32]
@@ -25,92 +26,19 @@ PRIOR_REQUESTS = 8.0
 """Weight of the prior, in finished requests."""
 
 
-class Feature(NamedTuple):
-    """One entry of the feature table in the documentation. ``width`` is 1, or "M" / "C" for one-hot codes."""
-
-    name: str
-    width: int | str
-    unit: str
-    scaling: str
-    meaning: str
-
-
-GROUP_FEATURES = (
-    Feature("model", "M", "-", "one-hot", "the group's model"),
-    Feature("slo_class", "C", "-", "one-hot", "the group's SLO class"),
-    Feature("waiting", 1, "requests", "log1p(x)/log1p(4096)", "requests waiting in the group"),
-    Feature("in_engine", 1, "requests", "log1p(x)/log1p(4096)", "requests of the group inside an engine"),
-    Feature("prompt_tokens", 1, "tokens", "x/4096", "mean prompt length of the waiting requests"),
-    Feature("output_tokens", 1, "tokens", "x/4096", "expected output length (finished requests, prior of 256)"),
-    Feature("slack", 1, "target", "x", "time to the deadline of the first waiting request, over its target"),
-    Feature("last_slack", 1, "target", "x", "the same of the last waiting request"),
-    Feature("target_s", 1, "s", "log1p(x)/log1p(36000)", "the class's latency target"),
-    Feature("queued", 1, "-", "0 or 1", "is in a virtual queue"),
-    Feature("queue", 1, "-", "(i+1)/I", "instance of that queue, 0 when in none"),
-    Feature("position", 1, "groups", "1/(1+x)", "groups ahead in that queue, 0 when in none"),
-    Feature("kept_kv", 1, "-", "0 or 1", "its first waiting request has KV in host memory"),
-    Feature("aggregate", 1, "groups", "log1p(x)/log1p(4096)", "groups summed up in this row beyond the first"),
-)
-
-INSTANCE_FEATURES = (
-    Feature("up", 1, "-", "0 or 1", "not failed"),
-    Feature("active_model", "M", "-", "one-hot", "model on the GPU"),
-    Feature("swap_target", "M", "-", "one-hot", "model being loaded, or waiting for the batch to drain"),
-    Feature("warm", "M", "-", "0 or 1", "models in host memory"),
-    Feature("staging", "M", "-", "one-hot", "model being staged into host memory"),
-    Feature("fits", "M", "-", "0 or 1", "models the instance can serve"),
-    Feature("loading_left", 1, "s", "x/100", "time until the model being loaded is ready"),
-    Feature("staging_left", 1, "s", "x/100", "time until the model being staged is warm"),
-    Feature("running", 1, "requests", "x/max_num_seqs", "requests in the batch"),
-    Feature(
-        "foreign", 1, "requests", "x/max_num_seqs", "of those, not of the head group: what an eviction would remove"
-    ),
-    Feature("prefilling", 1, "-", "0 or 1", "a prefill is in progress"),
-    Feature("kv_used", 1, "blocks", "x/num_blocks", "KV cache in use"),
-    Feature("engine_queue", 1, "requests", "log1p(x)/log1p(4096)", "preempted requests in the engine's own queue"),
-    Feature("queue_groups", 1, "groups", "log1p(x)/log1p(4096)", "groups in the virtual queue"),
-    Feature("queue_waiting", 1, "requests", "log1p(x)/log1p(4096)", "requests waiting in the virtual queue"),
-    Feature("head_slack", 1, "target", "x", "slack of the head group's first request, 1 when empty"),
-    Feature("head_active", 1, "-", "0 or 1", "the head group's model is active"),
-    Feature("evicting", 1, "-", "0 or 1", "an eviction is carried out at the end of the step"),
-    Feature("host_memory", 1, "bytes", "share", "host memory for weights in use"),
-    Feature("host_kv", 1, "bytes", "share", "host memory for KV in use"),
-    Feature("decode_s", 1, "s", "x/0.1", "time of a decode step of 32 sequences of 512 tokens (active model)"),
-)
-
-CLUSTER_FEATURES = (
-    Feature("waiting", 1, "requests", "log1p(x)/log1p(65536)", "requests waiting anywhere"),
-    Feature("running", 1, "requests", "log1p(x)/log1p(65536)", "requests in batches"),
-    Feature("groups", 1, "groups", "log1p(x)/log1p(4096)", "groups with waiting requests"),
-    Feature("unqueued", 1, "groups", "log1p(x)/log1p(4096)", "of those, in no virtual queue"),
-    Feature("settled", 1, "requests", "log1p(x)/log1p(65536)", "requests whose outcome is certain"),
-    Feature("attainment", 1, "-", "share", "of those, met"),
-    Feature("instances_up", 1, "-", "share", "instances that are up"),
-)
-
-
-def width(features: tuple[Feature, ...], num_models: int, num_classes: int) -> int:
-    """Columns of a feature table."""
-    sizes: dict[int | str, int] = {"M": num_models, "C": num_classes}
-    return sum(sizes.get(feature.width, 1) for feature in features)
-
-
 def observation_space(num_rows: int, num_instances: int, num_models: int, num_classes: int) -> spaces.Dict:
     """The observation space: G = ``num_rows`` groups, I instances; masks are 1 where a row is real."""
 
     def box(low: float, *shape: int) -> spaces.Box[np.float32]:
         return spaces.Box(low, 1.0, shape, np.float32)
 
-    def columns(features: tuple[Feature, ...]) -> int:
-        return width(features, num_models, num_classes)
-
     return spaces.Dict(
         {
-            "groups": box(-1.0, num_rows, columns(GROUP_FEATURES)),
+            "groups": box(-1.0, num_rows, width(GROUP_FEATURES, num_models, num_classes)),
             "group_mask": box(0.0, num_rows),
-            "instances": box(-1.0, num_instances, columns(INSTANCE_FEATURES)),
+            "instances": box(-1.0, num_instances, width(INSTANCE_FEATURES, num_models, num_classes)),
             "instance_mask": box(0.0, num_instances),
-            "cluster": box(-1.0, columns(CLUSTER_FEATURES)),
+            "cluster": box(-1.0, width(CLUSTER_FEATURES, num_models, num_classes)),
         }
     )
 
@@ -374,17 +302,3 @@ def _sift(order: Int, urgency: NDArray[np.float64], start: int, end: int) -> Non
             return
         order[root], order[child] = order[child], order[root]
         root = child
-
-
-def feature_tables() -> str:
-    """The documentation's tables of features, as Markdown."""
-    lines = []
-    for title, features in (
-        ("groups", GROUP_FEATURES),
-        ("instances", INSTANCE_FEATURES),
-        ("cluster", CLUSTER_FEATURES),
-    ):
-        lines += [f"### `{title}`", "", "| feature | columns | unit | scaling | meaning |", "|---|---|---|---|---|"]
-        lines += [f"| {f.name} | {f.width} | {f.unit} | {f.scaling} | {f.meaning} |" for f in features]
-        lines.append("")
-    return "\n".join(lines)

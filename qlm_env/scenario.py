@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qlm_env.profiles import ModelLoad, check_placement, cluster_capacity_per_s
+from qlm_env.profiles import ModelLoad, check_placement, cluster_capacity_per_s, list_profiles
 from qlm_env.requests import RequestTable
-from qlm_env.spec import ClusterSpec, ScenarioSpec, SyntheticWorkload, TraceWorkload
+from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec, SyntheticWorkload, TraceWorkload
 from qlm_env.workload import build_requests, expected_lengths, load_trace, resolve_load
 
 
@@ -21,6 +21,17 @@ def capacity_per_s(cluster: ClusterSpec, workload: SyntheticWorkload | TraceWork
     return cluster_capacity_per_s(cluster, workload.models, loads)
 
 
+def _check_profiled(cluster: ClusterSpec) -> None:
+    """Refuse an instance without any profile: it would never serve a request. Mostly a misspelt device."""
+    known = sorted({(key.device, key.tp) for key in list_profiles()})
+    for index, group in enumerate(cluster.instances):
+        if (group.device, group.tp) not in known:
+            allowed = ", ".join(f"{device} tp={tp}" for device, tp in known)
+            raise ConfigError(
+                f"'cluster.instances.{index}': no profile for {group.device} tp={group.tp}; allowed: {allowed}"
+            )
+
+
 class Episodes:
     """The episodes of a scenario, one per seed.
 
@@ -31,6 +42,7 @@ class Episodes:
     """
 
     def __init__(self, scenario: ScenarioSpec) -> None:
+        _check_profiled(scenario.cluster)
         check_placement(scenario.cluster, scenario.workload)
         workload = scenario.workload
         self._trace = load_trace(workload) if isinstance(workload, TraceWorkload) else None

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from planners import make_planner
 from planners.spec import PlannerSpec
 from qlm_env.env import QLMEnv
-from qlm_env.profiles import list_profiles
 from qlm_env.requests import RequestTable
 from qlm_env.scenario import Episodes
-from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec
+from qlm_env.spec import ScenarioSpec
 
 PLANNER_STREAM = 1000
 """Spawn key of a planner's random stream, apart from those of the workload."""
@@ -55,7 +54,6 @@ def build_workload(scenario: ScenarioSpec, seed: int) -> RequestTable:
     Raises:
         ConfigError: a model fits no instance, or a profile or trace file cannot be found or read.
     """
-    _check_profiled(scenario.cluster)
     return Episodes(scenario).requests(seed)
 
 
@@ -66,17 +64,6 @@ def check_scenario(scenario: ScenarioSpec, seed: int) -> None:
         ConfigError: one line naming what is wrong.
     """
     build_workload(scenario, seed)
-
-
-def _check_profiled(cluster: ClusterSpec) -> None:
-    """Refuse an instance without any profile: it would never serve a request. Mostly a misspelt device."""
-    known = sorted({(key.device, key.tp) for key in list_profiles()})
-    for index, group in enumerate(cluster.instances):
-        if (group.device, group.tp) not in known:
-            allowed = ", ".join(f"{device} tp={tp}" for device, tp in known)
-            raise ConfigError(
-                f"'cluster.instances.{index}': no profile for {group.device} tp={group.tp}; allowed: {allowed}"
-            )
 
 
 def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:

@@ -112,7 +112,7 @@ def random_requests(rng: np.random.Generator, env: QLMEnv) -> RequestTable:
 
 def random_legal_action(rng: np.random.Generator, env: QLMEnv) -> int:
     """A legal action, every verb that has one being equally likely."""
-    starts = [env.codec._start(verb) for verb in range(len(VERB_NAMES))]
+    starts = env.codec.verb_starts[: len(VERB_NAMES)]
     mask = env.action_masks()
     by_verb = [np.flatnonzero(part) + start for part, start in zip(np.split(mask, starts[1:]), starts, strict=True)]
     legal = [actions for actions in by_verb if len(actions)]

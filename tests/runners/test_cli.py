@@ -69,6 +69,10 @@ MISTAKES = [
     (["compare", "jobs=0"], "'jobs': input should be greater than 0"),
     (["compare", "timeline=maybe"], "'timeline': input should be a valid boolean"),
     (["compare", "tracking.mode=online"], "unknown key 'tracking.mode'; allowed: kind"),
+    (["bench", "emulator", "loads=[]"], "'loads': tuple should have at least 1 item"),
+    (["bench", "emulator", "loads=[0.9,0]"], "'loads.1': input should be greater than 0"),
+    (["bench", "env", "duration_s=-1"], "'duration_s': input should be greater than 0"),
+    (["bench", "env", "loads=[1]"], "loads"),
     (["workload", "describe", "seed=-1"], "'seed': input should be greater than or equal to 0"),
     # what only shows when the scenario is put together
     (["compare", "workload=azure_conv"], "missing key 'workload.path'"),

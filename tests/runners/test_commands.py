@@ -12,6 +12,7 @@ import pytest
 
 from runners.cli import main
 from runners.commands import BENCHMARKS
+from runners.config import BenchEmulatorOptions
 from tests.runners.conftest import SMALL
 
 
@@ -44,8 +45,15 @@ def test_bench_prints_and_writes_its_figures(
 ) -> None:
     figures = [{"name": "requests", "value": 2.5e6, "unit": "1/s"}]
     module = types.ModuleType("fake_bench")
-    module.measure = lambda: figures  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, BENCHMARKS["emulator"], module)
-    assert main(["bench", "emulator", f"out={tmp_path}"]) == 0
+    asked = []
+
+    def measure(options: BenchEmulatorOptions) -> list[dict[str, object]]:
+        asked.append(options)
+        return figures
+
+    module.measure = measure  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, BENCHMARKS["emulator"][0], module)
+    assert main(["bench", "emulator", "loads=[0.5]", "num_requests=7", f"out={tmp_path}"]) == 0
+    assert asked == [BenchEmulatorOptions(loads=(0.5,), num_requests=7, out=str(tmp_path))]
     assert json.loads((tmp_path / "bench.json").read_text()) == figures
     assert "2.5e+06" in capsys.readouterr().out
