@@ -35,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.core
 install: $(VENV)/.dev
 
 demo: $(VENV)/.core
-	$(BIN)/qlm compare cluster=small workload=w_a 'planner=[fcfs,edf,qlm]' seeds=3 out=results/demo
+	$(BIN)/qlm compare cluster=small_multi workload=w_b 'planner=[fcfs,edf,qlm]' seeds=3 out=results/demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2

@@ -94,7 +94,7 @@ def columns(features: tuple[Feature, ...], num_models: int, num_classes: int) ->
 
 def width(features: tuple[Feature, ...], num_models: int, num_classes: int) -> int:
     """Columns of all features together."""
-    return columns(features, num_models, num_classes)[features[-1].name].stop
+    return int(columns(features, num_models, num_classes)[features[-1].name].stop)
 
 
 def feature_tables() -> str:

@@ -60,14 +60,16 @@ def test_the_order_of_entries_does_not_matter() -> None:
 
 def test_a_trace_has_the_means_of_its_requests_for_every_entry() -> None:
     trace = some_trace(100)
-    assert expected_lengths(replay(), trace=trace) == ((505.0, 50.5), (505.0, 50.5))
+    # Prompts 10k, outputs k for k = 1..100: E[k * 10.5k] / E[k] = 10.5 * 3383.5 / 50.5.
+    assert expected_lengths(replay(), trace=trace) == (pytest.approx((505.0, 50.5, 703.5)),) * 2
 
 
 def test_a_trace_is_cut_and_mixed_with_mega_prompts() -> None:
     trace = Trace(np.zeros(2), np.array([50, 5000], np.int32), np.array([100, 100], np.int32), 0)
     workload = replay(max_total_tokens=1000, mega_prompts={"share": 0.5})
     # Half the requests: (50, 100) and (999, 1); the other half all (999, 1).
-    assert expected_lengths(workload, trace=trace)[0] == pytest.approx((761.75, 25.75))
+    resident = (0.25 * 100 * (50 + 50) + 0.75 * 1 * (999 + 0.5)) / 25.75
+    assert expected_lengths(workload, trace=trace)[0] == pytest.approx((761.75, 25.75, resident))
     assert trace.prompt_tokens.tolist() == [50, 5000]
 
 
