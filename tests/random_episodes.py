@@ -136,8 +136,10 @@ def random_lso(rng: np.random.Generator, env: QLMEnv) -> Lso:
 
 
 def sensible_lsos(env: QLMEnv) -> list[Lso]:
-    """What gets every request served in the end: queue what is in no queue, each model at
-    one instance if possible, and load what the head needs."""
+    """What gets every request served in the end.
+
+    Queue what is in no queue, each model at one instance if possible, and load what the head needs.
+    """
     view = env.view
     lsos: list[Lso] = []
     for group in view.groups:

@@ -387,7 +387,7 @@ def short_of_blocks(folder: Path, failures: tuple[dict[str, Any], ...] = (), met
     """
     world = make(
         folder,
-        *((0.0, 8, 20, 0, 0), (0.0, 16, 20, 0, 1), (0.0, 8, 20, 0, 0)),
+        *((0.0, 8, 8, 0, 0), (0.0, 16, 20, 0, 1), (0.0, 8, 8, 0, 0)),
         engine={"num_gpu_blocks": 4, "scheduling_policy": "priority"},
         slo={
             "metric": metric,
@@ -402,10 +402,18 @@ def short_of_blocks(folder: Path, failures: tuple[dict[str, Any], ...] = (), met
     return world
 
 
-def test_a_decode_that_a_preempting_step_left_out_loses_nothing_by_a_failure(folder: Path) -> None:
+def test_a_decode_that_a_preempting_step_leaves_out_is_a_step_late(folder: Path) -> None:
     world = short_of_blocks(folder)
     assert world.requests["state"].tolist() == [RUNNING, WAITING, RUNNING]
     assert world.requests["preemptions"].tolist() == [0, 1, 0]
+    assert not is_legal(world, *Balance(1, 0).code()), "a preempted request is still in the engine"
+    pass_until(world, 1.0)
+    # Request 1 comes back when request 0 leaves its block, and its prefill then yields its second token.
+    assert world.requests["finish_s"].tolist() == near([0.08, 0.08 + 19 * STEP_S, 0.09])
+    assert world.requests["recomputed_tokens"].tolist() == [0, 16, 0]
+
+
+def test_a_decode_that_a_preempting_step_leaves_out_loses_nothing_by_a_failure(folder: Path) -> None:
     world = short_of_blocks(folder, failures=({"instance": 0, "at_s": 0.014, "duration_s": 9.0},))
     assert world.requests["generated_tokens"].tolist() == [1, 1, 1]
     assert world.requests["recomputed_tokens"].tolist() == [8, 16, 8]

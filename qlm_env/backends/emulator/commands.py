@@ -247,7 +247,6 @@ def _engine_event(run: Run, i: int) -> None:
         activate(run.fleet, i, engine.swap_target, run.clock[0].now_s)
     elif engine.steps > 0:
         for k in range(finish_leap(run.fleet, run.requests, i, run.finished)):
-            run.leaving[run.finished[k]] = NO_EVICTION
             _tell(run, FINISHED, i, run.finished[k])
     else:
         engine.next_event_s = NEVER
