@@ -25,7 +25,7 @@ class Figure(TypedDict):
 
 
 def bench(name: str, module: str, options: BenchOptions) -> None:
-    """Run a benchmark, print its figures and write them to ``out/bench.json``.
+    """Run a benchmark, print its figures and write them to ``out/bench.json``, keyed by name.
 
     Args:
         module: has a function ``measure(options) -> list[Figure]``.
@@ -34,7 +34,8 @@ def bench(name: str, module: str, options: BenchOptions) -> None:
     measure: Callable[[BenchOptions], list[Figure]] = importlib.import_module(module).measure
     figures = measure(options)
     path = Path(options.out or f"results/bench-{name}") / "bench.json"
-    files.write_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    by_name = {figure["name"]: {"value": figure["value"], "unit": figure["unit"]} for figure in figures}
+    files.write_text(path, json.dumps(by_name, indent=2, allow_nan=False) + "\n")
     table = Table("figure", title=f"qlm bench {name}")
     table.add_column("value", justify="right")
     table.add_column("unit")
