@@ -222,6 +222,17 @@ def test_only_what_is_not_of_the_head_group_is_evicted(folder: Path) -> None:
     assert queue_order(world) == [0]
 
 
+def test_evicted_groups_go_behind_the_head_of_their_queue(folder: Path) -> None:
+    world = make(folder, *[(0.0, 10, 100)] * 4, engine={"max_num_seqs": 2}, environment=EACH_ALONE)
+    apply(world, Balance(0, 0), Balance(1, 0))
+    pass_until(world, 0.105)
+    apply(world, Balance(2, 0), Balance(3, 0), Evict(0, keep_kv=True))
+    pass_until(world, 0.115)
+    # Group 2 was the head and went first, group 0 next, with its KV; group 1 is now ahead of group 3.
+    assert world.fleet.slot["request"][0].tolist() == [2, 0]
+    assert queue_order(world) == [1, 3]
+
+
 def test_kept_kv_is_dropped_when_its_group_moves_to_another_host(folder: Path) -> None:
     world = make(folder, (0.0, 10, 100, 0), (0.0, 10, 10, 1), num_models=2, instances=[{}, {}], environment=EACH_ALONE)
     apply(world, Balance(0, 0))
@@ -270,11 +281,12 @@ def test_a_swap_lets_the_batch_drain_and_pulls_nothing_meanwhile(folder: Path) -
     world = make(folder, (0.0, 10, 50, 0), (0.1, 10, 10, 0), (0.1, 10, 10, 1), num_models=2, environment=EACH_ALONE)
     apply(world, Balance(0, 0))
     pass_until(world, 0.1)
-    apply(world, Balance(2, 0), Balance(1, 0), SwapModel(0, 1))
+    apply(world, Balance(1, 0), SwapModel(0, 1))
     assert not is_legal(world, *SwapModel(0, 0).code()), "already swapping"
     pass_until(world, 0.505)
     assert world.requests["finish_s"][0] == pytest.approx(0.5)
     assert world.requests["state"].tolist() == [FINISHED, WAITING, WAITING]
+    apply(world, Balance(2, 0, front=True))
     pass_until(world, 100.0)
     ready_s = 0.5 + COLD_START_S + SLEEP_S
     assert world.requests["first_scheduled_s"][2] == pytest.approx(ready_s)
