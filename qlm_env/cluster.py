@@ -119,9 +119,18 @@ def max_group_members(fleet: Fleet, grouping: GroupingSpec) -> Int:
 
 
 def make_failures(failures: tuple[FailureSpec, ...]) -> Records:
-    """Down and up events in order of time."""
-    events = [(f.at_s, f.instance, 0) for f in failures]
-    events += [(f.at_s + f.duration_s, f.instance, 1) for f in failures]
+    """Down and up events in order of time; failures of an instance that overlap or touch are one."""
+    outages: dict[int, list[list[float]]] = {}
+    for failure in sorted(failures, key=lambda failure: failure.at_s):
+        of_instance = outages.setdefault(failure.instance, [])
+        up_s = failure.at_s + failure.duration_s
+        if of_instance and failure.at_s <= of_instance[-1][1]:
+            of_instance[-1][1] = max(of_instance[-1][1], up_s)
+        else:
+            of_instance.append([failure.at_s, up_s])
+    events = [
+        event for i, times in outages.items() for down_s, up_s in times for event in ((down_s, i, 0), (up_s, i, 1))
+    ]
     return np.array(sorted(events), FAILURE_DTYPE).view(np.recarray)
 
 
