@@ -89,6 +89,8 @@ def make_cluster(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile_fo
         block_size=engine.block_size,
         chunked_prefill=engine.enable_chunked_prefill,
         scheduling_policy=PRIORITY if engine.scheduling_policy == "priority" else FCFS,
+        async_scheduling=engine.async_scheduling,
+        prefix_caching=engine.enable_prefix_caching,
     )
     names = [model.name for model in models]
     dealt = 0

@@ -14,15 +14,16 @@ import numpy as np
 from qlm_env.backends.emulator.engine import (
     begin_step,
     catch_up,
-    dequeue,
     drop_kv,
     end_step,
     finish_leap,
     interrupt,
     must_reschedule,
+    reap,
     release,
     try_admit,
 )
+from qlm_env.backends.emulator.engine_queue import dequeue
 from qlm_env.backends.emulator.host_kv import discard, evict
 from qlm_env.backends.emulator.residency import (
     activate,
@@ -300,13 +301,13 @@ def _schedule(world: World, i: int, admit: bool) -> int:
     epoch = 0
     blocked = False
     while True:
-        begin_step(fleet, requests, i)
+        begin_step(fleet, requests, i, now_s)
         blocked = False
         while admit:
             r = _next_candidate(world, i)
             if r == NOWHERE:
                 break
-            if not try_admit(fleet, requests, i, r, now_s):
+            if not try_admit(fleet, requests, i, r):
                 blocked = True
                 break
             if r == engine.queue_head:
@@ -342,11 +343,13 @@ def _boundary(world: World, i: int) -> int:
     if engine.active_model == NOWHERE and engine.pending_swap == NOWHERE:
         return 0
     if engine.pending_eviction != NO_EVICTION:
+        reap(fleet, i)
         copy_s = _evict(world, i)
         if copy_s > 0:
             engine.next_event_s = clock.now_s + copy_s
             return 0
-    if engine.pending_swap != NOWHERE and engine.num_running == 0:
+    if engine.pending_swap != NOWHERE and engine.num_running == engine.leaving:
+        reap(fleet, i)
         _return_engine_queue(world, i)
         record(world, SWAP_BEGIN, i, engine.pending_swap, 0)
         start_swap(fleet, i, engine.pending_swap, clock.now_s)

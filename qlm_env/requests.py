@@ -53,6 +53,7 @@ STATE_FIELDS = [
     ("computed_tokens", "i4"),  # tokens whose KV is kept in host memory while not running
     ("kv_host", "i4"),  # instance whose host memory keeps this request's KV, or NOWHERE
     ("recomputed_tokens", "i4"),  # tokens whose KV was computed, lost, and has to be computed again
+    ("lost_tokens", "i4"),  # of those, the ones lost last; what a prefix cache gives back was not lost
     ("preemptions", "i4"),
     ("evictions", "i4"),
     ("state", "i1"),

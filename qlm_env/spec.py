@@ -81,6 +81,10 @@ class EngineSpec(Spec):
     num_gpu_blocks: PositiveInt | None = None
     """KV blocks per instance; ``None`` takes the profile's number for the (device, model, tp)."""
     enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = False
+    """Reuse KV blocks of equal content: of prompts that share a prefix, and of a preempted request's own past."""
+    async_scheduling: bool = False
+    """Schedule each step while the one before it runs, as vLLM has done by default since 0.14."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
 
     @model_validator(mode="after")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qlm_env.backends.emulator.prefix_cache import PromptPrefixes
 from qlm_env.backends.emulator.reference import StepEngine, StepRequest, serve_by_steps
 from qlm_env.backends.emulator.serve import serve
-from qlm_env.backends.emulator.state import FCFS, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet
+from qlm_env.backends.emulator.state import FCFS, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet, size_prefix_cache
 from qlm_env.requests import FINISHED, RequestTable, make_request_table
 
 CASES = 2000
@@ -22,6 +23,8 @@ def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
     budget = max_num_seqs + int(rng.choice([1, 7, 60, 500, 4000]))
     chunked = bool(rng.random() < 0.8)
     priority = bool(rng.random() < 0.4)
+    async_scheduling = bool(rng.random() < 0.5)
+    prefix_caching = bool(rng.random() < 0.5)
     longest = int(rng.integers(20, 400))
     if not chunked:
         longest = min(longest, budget)
@@ -49,10 +52,22 @@ def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
         block_size=block_size,
         chunked_prefill=chunked,
         scheduling_policy=PRIORITY if priority else FCFS,
+        async_scheduling=async_scheduling,
+        prefix_caching=prefix_caching,
     )
     fleet.engine["active_model"] = 0
     fleet.engine["free_blocks"] = num_blocks
-    oracle = StepEngine(coefficients, num_blocks, max_num_seqs, budget, block_size, chunked, priority)
+    oracle = StepEngine(
+        coefficients,
+        num_blocks,
+        max_num_seqs,
+        budget,
+        block_size,
+        chunked,
+        priority,
+        async_scheduling,
+        prefix_caching,
+    )
     return fleet, oracle, longest
 
 
@@ -72,12 +87,30 @@ def random_requests(rng: np.random.Generator, longest: int) -> tuple[RequestTabl
     return table, requests
 
 
+def random_prefixes(rng: np.random.Generator, requests: list[StepRequest], block_size: int) -> PromptPrefixes:
+    """Prompts that begin alike: each continues one of a few conversations up to some turn."""
+    blocks_per_id = int(rng.choice([1, 2, 4]))
+    id_tokens = blocks_per_id * block_size
+    ids: list[list[int]] = []
+    for request in requests:
+        talk = int(rng.integers(0, 3))
+        length = int(rng.integers(0, -(-request.prompt // id_tokens) + 1))
+        ids.append([1000 * talk + index for index in range(length)])
+        request.prefix = tuple(
+            ids[-1][block // blocks_per_id] * blocks_per_id + block % blocks_per_id
+            for block in range(min(length * blocks_per_id, request.prompt // block_size))
+        )
+    first = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+    return PromptPrefixes(first, np.array([i for row in ids for i in row], np.int64), id_tokens)
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_engine_agrees_with_step_by_step_oracle(chunk: int) -> None:
     for case in range(chunk * CASES // CHUNKS, (chunk + 1) * CASES // CHUNKS):
         rng = np.random.default_rng(case)
         fleet, oracle, longest = random_engines(rng)
         table, requests = random_requests(rng, longest)
+        fleet = size_prefix_cache(fleet, table, random_prefixes(rng, requests, oracle.block_size))
         serve(fleet, table, 0, np.inf)
         serve_by_steps(oracle, requests)
 
@@ -104,7 +137,8 @@ def test_cases_cover_preemption_and_chunking() -> None:
     for case in range(0, CASES, 10):
         rng = np.random.default_rng(case)
         fleet, oracle, longest = random_engines(rng)
-        table, _ = random_requests(rng, longest)
+        table, requests = random_requests(rng, longest)
+        fleet = size_prefix_cache(fleet, table, random_prefixes(rng, requests, oracle.block_size))
         serve(fleet, table, 0, np.inf)
         preempted += bool(fleet.engine[0].preemptions)
         shifted += bool(fleet.engine[0].preemptions and oracle.priority)

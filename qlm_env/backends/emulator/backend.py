@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from qlm_env.backends.base import Backend, BackendError, BackendEvent, EventKind
 from qlm_env.backends.emulator import commands
-from qlm_env.backends.emulator.state import EVICT_DROP, EVICT_KEEP, Fleet
+from qlm_env.backends.emulator.state import EVICT_DROP, EVICT_KEEP, Fleet, size_prefix_cache
 from qlm_env.requests import NOWHERE, RequestTable, reset_state
 
 
@@ -26,7 +26,7 @@ class EmulatorBackend(Backend):
     def reset(self, requests: RequestTable) -> None:
         reset_state(requests)
         self.requests = requests
-        self.fleet = self._new_fleet()
+        self.fleet = size_prefix_cache(self._new_fleet(), requests)
         self._run = commands.make_run(self.fleet, requests)
         # Events of commands, which the next `advance` returns.
         self._told: list[BackendEvent] = []

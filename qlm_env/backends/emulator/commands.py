@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from qlm_env.backends.base import EventKind
 from qlm_env.backends.emulator.engine import (
     catch_up,
-    dequeue,
     drop_kv,
-    enqueue,
     finish_leap,
     input_blocks,
     interrupt,
+    reap,
     release,
     whole_input_fits,
 )
+from qlm_env.backends.emulator.engine_queue import dequeue, enqueue
 from qlm_env.backends.emulator.host_kv import discard
 from qlm_env.backends.emulator.host_kv import evict as evict_slot
 from qlm_env.backends.emulator.residency import (
@@ -120,6 +120,8 @@ def _boundary(run: Run, i: int) -> None:
     """Between two steps: evict, swap or schedule."""
     fleet, now_s = run.fleet, run.clock[0].now_s
     engine = fleet.engine[i]
+    if engine.pending_eviction != NO_EVICTION or engine.pending_swap != NOWHERE:
+        reap(fleet, i)
     if engine.pending_eviction != NO_EVICTION:
         copy_s = _evict_leaving(run, i)
         if copy_s > 0:
@@ -128,7 +130,8 @@ def _boundary(run: Run, i: int) -> None:
     if engine.pending_swap != NOWHERE:
         start_swap(fleet, i, engine.pending_swap, now_s)
     else:
-        schedule_from_queue(fleet, run.requests, i, now_s)
+        # Requests come by command, none by their arrival.
+        schedule_from_queue(fleet, run.requests, i, now_s, len(run.requests))
 
 
 @kernel

@@ -6,15 +6,30 @@ was preempted, waiting requests while budget, batch slots and blocks for their w
 Between two events the batch decodes unchanged, so the engine schedules once and leaps: many engine steps
 at once, whose end time has a closed form (:mod:`.latency`).
 
-Life of a leap: :func:`begin_step` (running requests), :func:`try_admit` for each candidate, :func:`end_step`
-(fixes the length and the end time), then at that time :func:`finish_leap`. :func:`interrupt` shortens a
-running leap to the step in progress, so that something new can be considered at its end; :func:`catch_up`
+Life of a leap: :func:`begin_step` (running requests), :func:`try_admit` for each candidate, both again while
+:func:`must_reschedule`, :func:`end_step` (fixes the length and the end time), then at that time :func:`finish_leap`.
+:func:`interrupt` shortens a running leap, so that something new can be considered at its end; :func:`catch_up`
 commits the whole steps done by now without ending it.
+
+**Async scheduling.** vLLM decides each step when the one before it begins, so the decision neither sees what arrives
+meanwhile nor can use the slots and blocks of requests that finish with that step. Here it is made when the step before
+has ended, from what was known when it began: arrivals after ``known_s`` are turned away, and requests that finished
+stay in their slots until the decision is made (:func:`reap`). If it finds nothing to run, as vLLM then waits for the
+step to end, it is made again from what is known now.
 """
 
 from __future__ import annotations
 
+from qlm_env.backends.emulator.engine_queue import enqueue
 from qlm_env.backends.emulator.latency import step_time_s, steps_time_s, whole_steps_within
+from qlm_env.backends.emulator.prefix_cache import (
+    cache_full_blocks,
+    give_back,
+    hit_blocks,
+    hit_blocks_in_use,
+    take_free,
+    take_hits,
+)
 from qlm_env.backends.emulator.state import NEVER, NO_FINISH, PRIORITY, Fleet
 from qlm_env.compiled import compiled, kernel
 from qlm_env.requests import FINISHED, NOWHERE, RUNNING, WAITING, Int, RequestTable
@@ -60,7 +75,45 @@ def _steps_with_blocks(fleet: Fleet, i: int, first_tick: int, limit: int) -> int
     return min(steps, limit)
 
 
+@kernel
+def _take_blocks(fleet: Fleet, i: int, slot: int, held: int, count: int) -> None:
+    """Give the request in ``slot``, which holds ``held`` blocks, ``count`` more."""
+    fleet.engine[i].free_blocks -= count
+    if fleet.prefix_cache.enabled:
+        take_free(fleet.prefix_cache, i, fleet.slot[i, slot].row, held, count)
+
+
+@kernel
+def _give_blocks_back(fleet: Fleet, i: int, slot: int, held: int) -> None:
+    """Free the ``held`` blocks of the request in ``slot``."""
+    if fleet.prefix_cache.enabled:
+        held = give_back(fleet.prefix_cache, i, fleet.slot[i, slot].row, held)
+    fleet.engine[i].free_blocks += held
+
+
+@kernel
+def _take_decode_blocks(fleet: Fleet, i: int, first_tick: int, steps: int) -> None:
+    """Take the blocks that the decoding slots need in ``steps`` steps from ``first_tick`` on."""
+    if not fleet.prefix_cache.enabled:
+        fleet.engine[i].free_blocks -= _blocks_over(fleet, i, first_tick, steps)
+        return
+    for tick in range(first_tick, first_tick + steps):
+        if fleet.block_phase[i, tick % fleet.block_size] == 0:
+            continue
+        for slot in range(fleet.engine[i].num_running):
+            place = fleet.slot[i, slot]
+            decodes = place.finish_tick != NO_FINISH and place.finish_tick > fleet.engine[i].tick
+            if decodes and (place.kv_offset + tick) % fleet.block_size == 0:
+                _take_blocks(fleet, i, slot, (place.kv_offset + tick) // fleet.block_size, 1)
+
+
 # --------------------------------------------------------------------------- slots
+@kernel
+def _has_finished(fleet: Fleet, i: int, slot: int) -> bool:
+    """Whether the slot's request is done, and holds the slot only for the decision on the next step."""
+    return bool(fleet.slot[i, slot].finish_tick <= fleet.engine[i].tick)
+
+
 @kernel
 def slot_computed_tokens(fleet: Fleet, i: int, slot: int) -> int:
     """Cached tokens of a slot, not counting the step in progress."""
@@ -107,8 +160,23 @@ def _take_out(fleet: Fleet, requests: RequestTable, i: int, slot: int) -> int:
         engine.decodes -= 1
         engine.decode_kv_tokens -= computed
     # An empty batch starts again from an exact zero, whatever rounding the sum has seen.
-    engine.factor_sum = engine.factor_sum - request.service_factor if engine.num_running > 1 else 0.0
+    last = engine.num_running - engine.leaving <= 1
+    engine.factor_sum = 0.0 if last else engine.factor_sum - request.service_factor
     return computed
+
+
+@kernel
+def _vacate(fleet: Fleet, i: int, slot: int, held: int) -> None:
+    """Free the slot and its ``held`` blocks; the slots behind it move up, in order of admission."""
+    engine = fleet.engine[i]
+    _give_blocks_back(fleet, i, slot, held)
+    engine.num_running -= 1
+    if fleet.prefix_cache.enabled:
+        fleet.prefix_cache.free_row[i, engine.num_running] = fleet.slot[i, slot].row
+    if slot < engine.first_prefill:
+        engine.first_prefill -= 1
+    for s in range(slot, engine.num_running):
+        fleet.slot[i, s] = fleet.slot[i, s + 1]
 
 
 @kernel
@@ -125,17 +193,19 @@ def release(fleet: Fleet, requests: RequestTable, i: int, slot: int, allocated_a
         the request.
     """
     engine = fleet.engine[i]
-    r = fleet.slot[i, slot].request
+    place = fleet.slot[i, slot]
+    r = place.request
+    decoding = place.finish_tick != NO_FINISH
     computed = _take_out(fleet, requests, i, slot)
-    engine.free_blocks += blocks_for(computed + allocated_ahead, fleet.block_size)
-    engine.num_running -= 1
-    if slot < engine.first_prefill:
-        engine.first_prefill -= 1
+    if fleet.prefix_cache.enabled:
+        # A decode's last token is not known yet to the scheduler that works ahead.
+        known = computed + allocated_ahead - (1 if fleet.async_scheduling and decoding else 0)
+        cache_full_blocks(fleet.prefix_cache, requests, i, place, known, fleet.block_size)
+    _vacate(fleet, i, slot, blocks_for(computed + allocated_ahead, fleet.block_size))
     engine.min_finish_tick = NO_FINISH
     for s in range(engine.num_running):
-        if s >= slot:
-            fleet.slot[i, s] = fleet.slot[i, s + 1]
-        engine.min_finish_tick = min(engine.min_finish_tick, fleet.slot[i, s].finish_tick)
+        if not _has_finished(fleet, i, s):
+            engine.min_finish_tick = min(engine.min_finish_tick, fleet.slot[i, s].finish_tick)
     requests[r].computed_tokens = computed
     requests[r].state = WAITING
     return r
@@ -146,72 +216,32 @@ def drop_kv(requests: RequestTable, r: int) -> None:
     """The request's cached tokens are gone and will be computed again."""
     request = requests[r]
     request.recomputed_tokens += request.computed_tokens
+    request.lost_tokens = request.computed_tokens
     request.computed_tokens = 0
     request.kv_host = NOWHERE
 
 
-# --------------------------------------------------------------------------- the engine's queue
-@kernel
-def _precedes(requests: RequestTable, a: int, b: int) -> bool:
-    """Order of the ``priority`` policy: class, then arrival."""
-    if requests[a].slo_class != requests[b].slo_class:
-        return requests[a].slo_class < requests[b].slo_class
-    if requests[a].arrival_s != requests[b].arrival_s:
-        return requests[a].arrival_s < requests[b].arrival_s
-    return a < b
-
-
-@kernel
-def enqueue(fleet: Fleet, requests: RequestTable, i: int, r: int, front: bool) -> None:
-    """Put a waiting request into the engine's queue: at an end under FCFS, in order under ``priority``."""
-    engine = fleet.engine[i]
-    requests[r].instance = i
-    requests[r].state = WAITING
-    previous = NOWHERE
-    if fleet.scheduling_policy == PRIORITY:
-        cursor = engine.queue_head
-        while cursor != NOWHERE and _precedes(requests, cursor, r):
-            previous = cursor
-            cursor = requests[cursor].next
-    elif not front:
-        previous = engine.queue_tail
-    if previous == NOWHERE:
-        requests[r].next = engine.queue_head
-        engine.queue_head = r
-    else:
-        requests[r].next = requests[previous].next
-        requests[previous].next = r
-    if requests[r].next == NOWHERE:
-        engine.queue_tail = r
-    engine.queue_length += 1
-
-
-@kernel
-def dequeue(fleet: Fleet, requests: RequestTable, i: int) -> int:
-    """Take the head of the engine's queue, or NOWHERE."""
-    engine = fleet.engine[i]
-    r = engine.queue_head
-    if r != NOWHERE:
-        engine.queue_head = requests[r].next
-        if engine.queue_head == NOWHERE:
-            engine.queue_tail = NOWHERE
-        requests[r].next = NOWHERE
-        engine.queue_length -= 1
-    return r
-
-
+# --------------------------------------------------------------------------- one step
 @kernel
 def _preempt(fleet: Fleet, requests: RequestTable, i: int, slot: int, allocated_ahead: int) -> None:
-    """Back to the engine's queue, KV dropped, as vLLM preempts."""
-    r = release(fleet, requests, i, slot, allocated_ahead)
-    drop_kv(requests, r)
+    """Back to the engine's queue, KV dropped, as vLLM preempts.
+
+    vLLM does not spare a request whose last token is on its way: it loses its blocks a step early.
+    """
+    engine = fleet.engine[i]
+    r = fleet.slot[i, slot].request
     requests[r].preemptions += 1
-    fleet.engine[i].preemptions += 1
-    fleet.engine[i].preempted = 1
+    engine.preemptions += 1
+    engine.preempted = 1
+    if _has_finished(fleet, i, slot):
+        _vacate(fleet, i, slot, blocks_for(fleet.slot[i, slot].kv_offset, fleet.block_size))
+        engine.leaving -= 1
+        return
+    release(fleet, requests, i, slot, allocated_ahead)
+    drop_kv(requests, r)
     enqueue(fleet, requests, i, r, True)
 
 
-# --------------------------------------------------------------------------- one step
 @kernel
 def _victim(fleet: Fleet, requests: RequestTable, i: int) -> int:
     """The slot vLLM preempts: the last admitted, or under ``priority`` the first of the least urgent."""
@@ -228,6 +258,16 @@ def _victim(fleet: Fleet, requests: RequestTable, i: int) -> int:
 
 
 @kernel
+def _grow(fleet: Fleet, requests: RequestTable, i: int, slot: int, computed: int, tokens: int) -> None:
+    """Take the blocks for ``tokens`` more in ``slot``; of a prefill what they fill is cached at once, as in vLLM."""
+    held = blocks_for(computed, fleet.block_size)
+    _take_blocks(fleet, i, slot, held, blocks_for(computed + tokens, fleet.block_size) - held)
+    place = fleet.slot[i, slot]
+    if fleet.prefix_cache.enabled and place.finish_tick == NO_FINISH:
+        cache_full_blocks(fleet.prefix_cache, requests, i, place, computed + tokens, fleet.block_size)
+
+
+@kernel
 def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> None:
     """The running part of a step when blocks do not suffice: request by request, preempting as needed.
 
@@ -237,6 +277,9 @@ def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> N
     slot = 0
     stuck = False
     while slot < engine.num_running and engine.token_budget > 0:
+        if _has_finished(fleet, i, slot):
+            slot += 1
+            continue
         place = fleet.slot[i, slot]
         tokens = min(place.prefill_left, engine.token_budget) if place.finish_tick == NO_FINISH else 1
         computed = slot_computed_tokens(fleet, i, slot)
@@ -252,7 +295,7 @@ def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> N
             _preempt(fleet, requests, i, victim, ahead)
         if stuck:
             break
-        engine.free_blocks -= needed
+        _grow(fleet, requests, i, slot, computed, tokens)
         engine.token_budget -= tokens
         fleet.slot[i, slot].chunk = tokens
         slot += 1
@@ -261,18 +304,22 @@ def _schedule_short_of_blocks(fleet: Fleet, requests: RequestTable, i: int) -> N
 
 
 @kernel
-def begin_step(fleet: Fleet, requests: RequestTable, i: int) -> None:
+def begin_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None:
     """Schedule the running requests: every decode takes a token, then the prefill in progress a chunk.
 
     At most one prefill is in progress, and it is last: it took all the budget of the step that admitted it.
     """
     engine = fleet.engine[i]
+    if not engine.lagging:
+        engine.known_s = now_s
     engine.preempted = 0
+    engine.turned_away = 0
     engine.restored_tokens = 0
     engine.token_budget = fleet.max_num_batched_tokens
     needed = fleet.block_phase[i, engine.tick % fleet.block_size]
     chunk = 0
-    if engine.first_prefill < engine.num_running:
+    prefills = engine.first_prefill < engine.num_running
+    if prefills:
         place = fleet.slot[i, engine.first_prefill]
         chunk = min(place.prefill_left, fleet.max_num_batched_tokens - engine.decodes)
         needed += blocks_for(place.kv_offset + chunk, fleet.block_size)
@@ -281,15 +328,48 @@ def begin_step(fleet: Fleet, requests: RequestTable, i: int) -> None:
     if needed > engine.free_blocks:
         _schedule_short_of_blocks(fleet, requests, i)
     else:
-        engine.free_blocks -= needed
+        _take_decode_blocks(fleet, i, engine.tick, 1)
+        if prefills:
+            _grow(fleet, requests, i, engine.first_prefill, fleet.slot[i, engine.first_prefill].kv_offset, chunk)
         engine.token_budget -= engine.decodes + chunk
 
 
 @kernel
-def must_reschedule(fleet: Fleet, i: int) -> bool:
-    """Preemption left nothing to run in this step; vLLM schedules again at once."""
+def reap(fleet: Fleet, i: int) -> None:
+    """The decision that requests which finished held slots and blocks for is made, or will not be: free them."""
     engine = fleet.engine[i]
-    return engine.preempted != 0 and engine.token_budget == fleet.max_num_batched_tokens
+    engine.lagging = 0
+    if engine.leaving == 0:
+        return
+    kept = 0
+    freed_rows = 0
+    prefills_from = engine.first_prefill
+    for slot in range(engine.num_running):
+        if not _has_finished(fleet, i, slot):
+            if kept < slot:
+                fleet.slot[i, kept] = fleet.slot[i, slot]
+            kept += 1
+            continue
+        _give_blocks_back(fleet, i, slot, blocks_for(fleet.slot[i, slot].kv_offset, fleet.block_size))
+        if slot < prefills_from:
+            engine.first_prefill -= 1
+        if fleet.prefix_cache.enabled:
+            freed_rows += 1
+            fleet.prefix_cache.free_row[i, engine.num_running - freed_rows] = fleet.slot[i, slot].row
+    engine.num_running = kept
+    engine.leaving = 0
+
+
+@kernel
+def must_reschedule(fleet: Fleet, i: int) -> bool:
+    """Nothing could be scheduled, but may be at once: after a preemption, or with what is known by now."""
+    engine = fleet.engine[i]
+    if engine.token_budget < fleet.max_num_batched_tokens:
+        return False
+    if engine.lagging:
+        reap(fleet, i)
+        return True
+    return bool(engine.preempted)
 
 
 @kernel
@@ -301,53 +381,79 @@ def input_blocks(fleet: Fleet, requests: RequestTable, r: int) -> int:
 @kernel
 def whole_input_fits(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
     """vLLM admits only what has free blocks for its whole input (``scheduler_reserve_full_isl``)."""
-    return bool(input_blocks(fleet, requests, r) <= fleet.engine[i].free_blocks)
+    needed = input_blocks(fleet, requests, r)
+    if needed > fleet.engine[i].free_blocks and fleet.prefix_cache.enabled:
+        hits = hit_blocks(fleet.prefix_cache, requests, i, r, fleet.block_size)
+        needed -= hit_blocks_in_use(fleet.prefix_cache, requests, i, r, hits, fleet.block_size)
+    return bool(needed <= fleet.engine[i].free_blocks)
 
 
 @kernel
-def try_admit(fleet: Fleet, requests: RequestTable, i: int, r: int, now_s: float) -> bool:
+def try_admit(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
     """Admit a waiting request to the step being scheduled, with its KV restored if this host kept it.
 
     Returns:
         whether there was room; if not, nothing changed.
     """
     engine = fleet.engine[i]
+    if not _admit(fleet, requests, i, r):
+        engine.turned_away = 1
+        return False
+    return True
+
+
+@kernel
+def _admit(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
+    engine = fleet.engine[i]
     request = requests[r]
     slot = engine.num_running
     if engine.preempted or slot >= fleet.max_num_seqs or engine.token_budget <= 0:
         return False
-    if not whole_input_fits(fleet, requests, i, r):
+    if request.arrival_s > engine.known_s or not whole_input_fits(fleet, requests, i, r):
         return False
     restored = request.computed_tokens if request.kv_host == i else 0
-    left = request.prompt_tokens + request.generated_tokens - restored
+    hits = 0
+    if fleet.prefix_cache.enabled and restored == 0:
+        hits = hit_blocks(fleet.prefix_cache, requests, i, r, fleet.block_size)
+    computed = restored + hits * fleet.block_size
+    left = request.prompt_tokens + request.generated_tokens - computed
     if not fleet.chunked_prefill and left > engine.token_budget:
         return False
     chunk = min(left, engine.token_budget)
-    engine.free_blocks -= blocks_for(restored + chunk, fleet.block_size)
     engine.token_budget -= chunk
     if restored > 0:
         engine.restored_tokens += restored
         engine.host_kv_used_bytes -= restored * fleet.placement[i, engine.active_model].kv_bytes_per_token
         request.kv_host = NOWHERE
         request.computed_tokens = 0
+    request.recomputed_tokens -= min(request.lost_tokens, hits * fleet.block_size)
+    request.lost_tokens = 0
 
     place = fleet.slot[i, slot]
     place.request = r
     place.chunk = chunk
+    place.finish_tick = NO_FINISH
+    place.kv_offset = computed
+    place.prefill_left = left
+    place.cached_blocks = 0
+    if fleet.prefix_cache.enabled:
+        place.row = fleet.prefix_cache.free_row[i, slot]
+        free_before = hits - hit_blocks_in_use(fleet.prefix_cache, requests, i, r, hits, fleet.block_size)
+        take_hits(fleet.prefix_cache, requests, i, place, hits, fleet.block_size)
+        engine.free_blocks -= free_before
+    _take_blocks(fleet, i, slot, hits, blocks_for(computed + chunk, fleet.block_size) - hits)
+    if fleet.prefix_cache.enabled:
+        cache_full_blocks(fleet.prefix_cache, requests, i, place, computed + chunk, fleet.block_size)
     engine.num_running += 1
     engine.factor_sum += request.service_factor
     if request.generated_tokens > 0 and left == 1:
-        _start_decoding(fleet, i, slot, restored, request.output_tokens - request.generated_tokens)
+        _start_decoding(fleet, i, slot, computed, request.output_tokens - request.generated_tokens)
         if engine.first_prefill == slot:
             engine.first_prefill = slot + 1
-    else:
-        place.finish_tick = NO_FINISH
-        place.kv_offset = restored
-        place.prefill_left = left
     request.state = RUNNING
     request.instance = i
     if request.first_scheduled_s != request.first_scheduled_s:
-        request.first_scheduled_s = now_s
+        request.first_scheduled_s = engine.known_s
     return True
 
 
@@ -358,6 +464,9 @@ def end_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None
     A step that prefills, restores KV or follows a preemption is taken alone, as the next schedule differs.
     """
     engine = fleet.engine[i]
+    # What the decision could not use, or did not know of, may admit something to the step after this one.
+    alone = engine.preempted != 0 or engine.restored_tokens > 0 or (engine.lagging and engine.turned_away)
+    reap(fleet, i)
     if engine.num_running == 0:
         engine.next_event_s = NEVER
         return
@@ -365,7 +474,6 @@ def end_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None
     decodes = engine.decodes
     kv_tokens = engine.decode_kv_tokens
     attention = 0.0
-    alone = engine.preempted != 0 or engine.restored_tokens > 0
     for slot in range(engine.first_prefill, engine.num_running):
         place = fleet.slot[i, slot]
         if place.finish_tick == NO_FINISH:
@@ -397,13 +505,14 @@ def end_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None
 # --------------------------------------------------------------------------- the leap
 @kernel
 def interrupt(fleet: Fleet, i: int, now_s: float) -> None:
-    """End the running leap with the step in progress at ``now_s``."""
+    """End the running leap with the step in progress at ``now_s``, or the next one if that is decided already."""
     engine = fleet.engine[i]
     if engine.steps <= 1:
         return
     done = whole_steps_within(engine.step_s, engine.growth_s, now_s - engine.start_s, engine.steps)
-    ends_now = done > 0 and engine.start_s + steps_time_s(engine.step_s, engine.growth_s, done) >= now_s
-    steps = done if ends_now else done + 1
+    boundary_now = engine.start_s + steps_time_s(engine.step_s, engine.growth_s, done) >= now_s
+    steps = done if boundary_now else done + 1
+    steps = steps + 1 if fleet.async_scheduling else max(1, steps)
     if steps < engine.steps:
         engine.steps = steps
         engine.next_event_s = engine.start_s + steps_time_s(engine.step_s, engine.growth_s, steps)
@@ -413,7 +522,7 @@ def interrupt(fleet: Fleet, i: int, now_s: float) -> None:
 def _advance_ticks(fleet: Fleet, i: int, steps: int, seconds: float) -> None:
     """Books of ``steps`` steps: caches grow by a token a step, blocks beyond the first step's are taken."""
     engine = fleet.engine[i]
-    engine.free_blocks -= _blocks_over(fleet, i, engine.tick + 1, steps - 1)
+    _take_decode_blocks(fleet, i, engine.tick + 1, steps - 1)
     engine.kv_block_s += (fleet.placement[i, engine.active_model].num_blocks - engine.free_blocks) * seconds
     engine.busy_s += seconds
     engine.tick += steps
@@ -431,7 +540,7 @@ def catch_up(fleet: Fleet, i: int, now_s: float) -> None:
         elapsed = steps_time_s(engine.step_s, engine.growth_s, done)
         _advance_ticks(fleet, i, done, elapsed)
         # The step in progress holds its blocks, as the first step of every leap does.
-        engine.free_blocks -= fleet.block_phase[i, engine.tick % fleet.block_size]
+        _take_decode_blocks(fleet, i, engine.tick, 1)
         engine.start_s += elapsed
         engine.step_s += done * engine.growth_s
         engine.steps -= done
@@ -466,6 +575,9 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
     engine = fleet.engine[i]
     now_s = engine.next_event_s
     running = engine.num_running
+    if fleet.async_scheduling:
+        engine.lagging = 1
+        engine.known_s = engine.start_s + steps_time_s(engine.step_s, engine.growth_s, engine.steps - 1)
     _advance_ticks(fleet, i, engine.steps, now_s - engine.start_s)
     if engine.preempted:
         _hold_back_unscheduled(fleet, i)
@@ -483,29 +595,29 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
             _start_decoding(fleet, i, slot, place.kv_offset, request.output_tokens - request.generated_tokens)
     count = 0
     if engine.min_finish_tick <= engine.tick:
-        kept = 0
-        smallest = NO_FINISH
+        engine.min_finish_tick = NO_FINISH
         for slot in range(running):
-            if fleet.slot[i, slot].finish_tick > engine.tick:
-                if kept < slot:
-                    fleet.slot[i, kept] = fleet.slot[i, slot]
-                smallest = min(smallest, fleet.slot[i, kept].finish_tick)
-                kept += 1
+            place = fleet.slot[i, slot]
+            if place.finish_tick > engine.tick:
+                engine.min_finish_tick = min(engine.min_finish_tick, place.finish_tick)
                 continue
-            r = fleet.slot[i, slot].request
-            computed = _take_out(fleet, requests, i, slot)
-            engine.num_running -= 1
-            engine.free_blocks += blocks_for(computed, fleet.block_size)
-            request = requests[r]
+            request = requests[place.request]
+            # Kept out of the books, but in its place until the next step is decided.
+            place.kv_offset = _take_out(fleet, requests, i, slot)
+            place.chunk = 0
+            engine.leaving += 1
+            if fleet.prefix_cache.enabled:
+                cache_full_blocks(fleet.prefix_cache, requests, i, place, place.kv_offset, fleet.block_size)
             request.state = FINISHED
             request.instance = NOWHERE
             request.finish_s = now_s
-            finished[count] = r
+            finished[count] = place.request
             count += 1
-        engine.min_finish_tick = smallest
     last = engine.num_running - 1
     prefilling = last >= 0 and fleet.slot[i, last].finish_tick == NO_FINISH
     engine.first_prefill = last if prefilling else last + 1
+    if not fleet.async_scheduling:
+        reap(fleet, i)
     engine.steps = 0
     engine.next_event_s = NEVER
     return count

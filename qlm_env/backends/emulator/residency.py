@@ -7,6 +7,7 @@ bounded; the least recently used warm model makes room.
 
 from __future__ import annotations
 
+from qlm_env.backends.emulator.prefix_cache import reset_blocks
 from qlm_env.backends.emulator.state import GPU, HOST, NEVER, NO_FINISH, STORAGE, Fleet
 from qlm_env.compiled import compiled, kernel
 from qlm_env.requests import NOWHERE, RequestTable
@@ -136,6 +137,8 @@ def activate(fleet: Fleet, i: int, model: int, now_s: float) -> None:
     engine.swap_target = NOWHERE
     engine.next_event_s = NEVER
     engine.free_blocks = placement.num_blocks
+    if fleet.prefix_cache.enabled:
+        reset_blocks(fleet.prefix_cache, i, placement.num_blocks)
 
 
 @kernel

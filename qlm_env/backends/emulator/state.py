@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlm_env.requests import NOWHERE, Int, Records
+from qlm_env.backends.emulator.prefix_cache import (
+    NO_PREFIXES,
+    PrefixCache,
+    PromptPrefixes,
+    make_prefix_cache,
+    reset_blocks,
+)
+from qlm_env.requests import NOWHERE, Int, Records, RequestTable
+from qlm_env.spec import ConfigError
 
 NEVER = np.inf
 NO_FINISH = np.iinfo(np.int64).max
@@ -77,6 +85,11 @@ ENGINE_DTYPE = np.dtype(
         # Scheduling the current step.
         ("token_budget", "i4"),
         ("preempted", "i1"),  # something was preempted in this step, so nothing is admitted
+        ("turned_away", "i1"),  # something could not be admitted to this step
+        # Async scheduling: a step is scheduled while the one before it runs.
+        ("lagging", "i1"),  # the step to schedule next was decided when the one that just ended began
+        ("known_s", "f8"),  # when it is decided: later arrivals wait for the step after it
+        ("leaving", "i4"),  # requests that finished since, and still hold slot and blocks for that decision
         ("restored_tokens", "i8"),  # KV tokens copied back from host memory in this step
         # Operations waiting for the end of the step.
         ("pending_eviction", "i1"),
@@ -112,12 +125,15 @@ SLOT_DTYPE = np.dtype(
         ("request", "i4"),
         ("prefill_left", "i4"),  # prefill tokens still to compute
         ("chunk", "i4"),  # tokens of the step in progress, where they are not simply one
+        ("cached_blocks", "i4"),  # prefix caching: blocks whose content can be found
+        ("row", "i4"),  # prefix caching: the row of `held` that lists its blocks
     ],
     align=True,
 )
 """One place in a batch. A decoding slot advances by exactly one token a tick, so its progress is stored once,
 relative to the tick, and no step touches it: it has ``kv_offset + tick`` cached tokens and finishes when the
-tick reaches ``finish_tick``."""
+tick reaches ``finish_tick``. With async scheduling a slot whose ``finish_tick`` is reached stays in place, off the
+books and with ``kv_offset`` cached tokens, until the next step is scheduled."""
 
 
 class Fleet(NamedTuple):
@@ -131,11 +147,13 @@ class Fleet(NamedTuple):
     """(I, K) decoding slots by the value of tick modulo K at which they need another block"""
     placement: Records
     """(I, M) PLACEMENT_DTYPE"""
+    prefix_cache: PrefixCache
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     chunked_prefill: bool
     scheduling_policy: int
+    async_scheduling: bool
 
 
 def make_fleet(
@@ -148,8 +166,10 @@ def make_fleet(
     block_size: int,
     chunked_prefill: bool,
     scheduling_policy: int,
+    async_scheduling: bool = False,
+    prefix_caching: bool = False,
 ) -> Fleet:
-    """Engines that are up, empty and hold no model.
+    """Engines that are up, empty and hold no model. With prefix caching, :func:`size_prefix_cache` must follow.
 
     Args:
         placement: (I, M) records with the constant fields filled.
@@ -172,9 +192,38 @@ def make_fleet(
         slot=np.zeros((num_instances, max_num_seqs), SLOT_DTYPE).view(np.recarray),
         block_phase=np.zeros((num_instances, block_size), np.int32),
         placement=placement,
+        prefix_cache=make_prefix_cache(num_instances, 0, 0, 0, enabled=prefix_caching),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         chunked_prefill=chunked_prefill,
         scheduling_policy=scheduling_policy,
+        async_scheduling=async_scheduling,
     )
+
+
+def size_prefix_cache(fleet: Fleet, requests: RequestTable, prefixes: PromptPrefixes = NO_PREFIXES) -> Fleet:
+    """The fleet with a prefix cache that can hold these requests; unchanged where prefix caching is off.
+
+    Args:
+        prefixes: which of the prompts begin alike; ``id_tokens`` must be a multiple of the block size.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not fleet.prefix_cache.enabled:
+        return fleet
+    if len(prefixes.first) and prefixes.id_tokens % fleet.block_size:
+        raise ConfigError(
+            f"'cluster.engine.block_size': must divide the {prefixes.id_tokens} tokens of a prefix block of the "
+            f"workload (got {fleet.block_size})"
+        )
+    longest = int((requests["prompt_tokens"].astype(np.int64) + requests["output_tokens"]).max(initial=1))
+    num_blocks = fleet.placement["num_blocks"]
+    cache = make_prefix_cache(
+        len(fleet.engine), int(num_blocks.max()), fleet.max_num_seqs, -(-longest // fleet.block_size), prefixes
+    )
+    for i, model in enumerate(fleet.engine["active_model"]):
+        if model != NOWHERE:
+            reset_blocks(cache, i, int(num_blocks[i, model]))
+    return fleet._replace(prefix_cache=cache)
