@@ -36,10 +36,22 @@ class _Dispatcher(CPUDispatcher):
     that is called from there: more than half of this package's functions, and of the time to compile it.
     """
 
+    when_absent: _Dispatcher | None = None
+    """What a call with None as first argument runs instead; see :func:`kernel_if_present`."""
+
     def get_call_template(self, args: Iterable[Any], kws: Mapping[str, Any]) -> Any:  # type: ignore[override]
         """As numba calls it to find the variant that a call in compiled code runs."""
         wide = {name: _widest(argument) for name, argument in kws.items()}
-        return super().get_call_template([_widest(argument) for argument in args], wide)
+        widest = [_widest(argument) for argument in args]
+        if self.when_absent is not None and isinstance(widest[0], types.NoneType):
+            return self.when_absent.get_call_template(widest, wide)
+        return super().get_call_template(widest, wide)
+
+    def get_overload(self, sig: Any) -> Any:
+        """The machine code for a signature: what was not compiled from this function was from its stand-in."""
+        if self.when_absent is not None and sig not in self.overloads:
+            return self.when_absent.get_overload(sig)  # type: ignore[no-untyped-call]
+        return super().get_overload(sig)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -54,13 +66,14 @@ def _cache_folder() -> str:
     return str(home / f"compiled-{digest.hexdigest()[:12]}")
 
 
-def _jit(function: F, **options: bool) -> F:
+def _jit(function: F, when_absent: Any = None, **options: bool) -> F:
     settings: Any = numba.config
     if settings.DISABLE_JIT:
         return function
     dispatcher: Any = _Dispatcher(
         function, targetoptions={"nopython": True, "nogil": True, "error_model": "numpy", "_nrt": False, **options}
     )
+    dispatcher.when_absent = when_absent
     before = settings.CACHE_DIR
     # numba chooses the folder in this call, and only from this setting.
     settings.CACHE_DIR = _cache_folder()
@@ -82,3 +95,23 @@ def kernel(function: F) -> F:
     Without the wrapper that unpacks Python arguments it compiles several times faster.
     """
     return _jit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def inlined(function: F) -> F:
+    """As :func:`kernel`, and made part of its callers: for small functions on the engine's hot path.
+
+    A call passes every array of a tuple by address, shape and strides, which for these costs more than they do.
+    """
+    return _jit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+
+
+def _nothing(*arguments: object) -> int:
+    return 0
+
+
+def kernel_if_present(function: F) -> F:
+    """As :func:`kernel`, for a function of something optional, its first argument: with None it does nothing, and is 0.
+
+    What is None has no type in compiled code that the function could be compiled for.
+    """
+    return _jit(function, when_absent=kernel(_nothing), no_cpython_wrapper=True, no_cfunc_wrapper=True)

@@ -54,6 +54,8 @@ STATE_FIELDS = [
     ("kv_host", "i4"),  # instance whose host memory keeps this request's KV, or NOWHERE
     ("recomputed_tokens", "i4"),  # tokens whose KV was computed, lost, and has to be computed again
     ("lost_tokens", "i4"),  # of those, the ones lost last; what a prefix cache gives back was not lost
+    ("first_prefix_id", "i4"),  # where the ids of its prompt's prefix begin, and ...
+    ("prefix_ids", "i4"),  # ... how many there are, for the engine's prefix cache
     ("preemptions", "i4"),
     ("evictions", "i4"),
     ("state", "i1"),

@@ -31,7 +31,7 @@ from qlm_env.backends.emulator.prefix_cache import (
     take_hits,
 )
 from qlm_env.backends.emulator.state import NEVER, NO_FINISH, PRIORITY, Fleet
-from qlm_env.compiled import compiled, kernel
+from qlm_env.compiled import compiled, inlined, kernel
 from qlm_env.requests import FINISHED, NOWHERE, RUNNING, WAITING, Int, RequestTable
 
 
@@ -42,7 +42,7 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@kernel
+@inlined
 def _blocks_over(fleet: Fleet, i: int, first_tick: int, steps: int) -> int:
     """Blocks the decoding slots need in ``steps`` steps from ``first_tick`` on.
 
@@ -57,7 +57,7 @@ def _blocks_over(fleet: Fleet, i: int, first_tick: int, steps: int) -> int:
     return total
 
 
-@kernel
+@inlined
 def _steps_with_blocks(fleet: Fleet, i: int, first_tick: int, limit: int) -> int:
     """The most steps, at most ``limit``, the decoding slots can take from ``first_tick`` with the free blocks."""
     free = fleet.engine[i].free_blocks
@@ -75,26 +75,26 @@ def _steps_with_blocks(fleet: Fleet, i: int, first_tick: int, limit: int) -> int
     return min(steps, limit)
 
 
-@kernel
+@inlined
 def _take_blocks(fleet: Fleet, i: int, slot: int, held: int, count: int) -> None:
     """Give the request in ``slot``, which holds ``held`` blocks, ``count`` more."""
     fleet.engine[i].free_blocks -= count
-    if fleet.prefix_cache.enabled:
+    if fleet.prefix_caching:
         take_free(fleet.prefix_cache, i, fleet.slot[i, slot].row, held, count)
 
 
-@kernel
+@inlined
 def _give_blocks_back(fleet: Fleet, i: int, slot: int, held: int) -> None:
     """Free the ``held`` blocks of the request in ``slot``."""
-    if fleet.prefix_cache.enabled:
+    if fleet.prefix_caching:
         held = give_back(fleet.prefix_cache, i, fleet.slot[i, slot].row, held)
     fleet.engine[i].free_blocks += held
 
 
-@kernel
+@inlined
 def _take_decode_blocks(fleet: Fleet, i: int, first_tick: int, steps: int) -> None:
     """Take the blocks that the decoding slots need in ``steps`` steps from ``first_tick`` on."""
-    if not fleet.prefix_cache.enabled:
+    if not fleet.prefix_caching:
         fleet.engine[i].free_blocks -= _blocks_over(fleet, i, first_tick, steps)
         return
     for tick in range(first_tick, first_tick + steps):
@@ -108,13 +108,13 @@ def _take_decode_blocks(fleet: Fleet, i: int, first_tick: int, steps: int) -> No
 
 
 # --------------------------------------------------------------------------- slots
-@kernel
+@inlined
 def _has_finished(fleet: Fleet, i: int, slot: int) -> bool:
     """Whether the slot's request is done, and holds the slot only for the decision on the next step."""
     return bool(fleet.slot[i, slot].finish_tick <= fleet.engine[i].tick)
 
 
-@kernel
+@inlined
 def slot_computed_tokens(fleet: Fleet, i: int, slot: int) -> int:
     """Cached tokens of a slot, not counting the step in progress."""
     place = fleet.slot[i, slot]
@@ -133,7 +133,7 @@ def slot_generated_tokens(fleet: Fleet, requests: RequestTable, i: int, slot: in
     return request.output_tokens - (place.finish_tick - fleet.engine[i].tick)
 
 
-@kernel
+@inlined
 def _start_decoding(fleet: Fleet, i: int, slot: int, computed: int, left: int) -> None:
     """The slot has ``computed`` cached tokens and will produce ``left`` more, one each tick from now."""
     engine = fleet.engine[i]
@@ -147,7 +147,7 @@ def _start_decoding(fleet: Fleet, i: int, slot: int, computed: int, left: int) -
     engine.decode_kv_tokens += computed
 
 
-@kernel
+@inlined
 def _take_out(fleet: Fleet, requests: RequestTable, i: int, slot: int) -> int:
     """Take a slot out of the batch's books; returns its cached tokens. Blocks and order are the caller's."""
     engine = fleet.engine[i]
@@ -171,12 +171,18 @@ def _vacate(fleet: Fleet, i: int, slot: int, held: int) -> None:
     engine = fleet.engine[i]
     _give_blocks_back(fleet, i, slot, held)
     engine.num_running -= 1
-    if fleet.prefix_cache.enabled:
-        fleet.prefix_cache.free_row[i, engine.num_running] = fleet.slot[i, slot].row
     if slot < engine.first_prefill:
         engine.first_prefill -= 1
     for s in range(slot, engine.num_running):
-        fleet.slot[i, s] = fleet.slot[i, s + 1]
+        _move_up(fleet, i, s + 1, s)
+
+
+@inlined
+def _move_up(fleet: Fleet, i: int, slot: int, free: int) -> None:
+    """Move a request to a free slot before its own, which is free then and has the other's row of blocks."""
+    row = fleet.slot[i, free].row
+    fleet.slot[i, free] = fleet.slot[i, slot]
+    fleet.slot[i, slot].row = row
 
 
 @kernel
@@ -197,7 +203,7 @@ def release(fleet: Fleet, requests: RequestTable, i: int, slot: int, allocated_a
     r = place.request
     decoding = place.finish_tick != NO_FINISH
     computed = _take_out(fleet, requests, i, slot)
-    if fleet.prefix_cache.enabled:
+    if fleet.prefix_caching:
         # A decode's last token is not known yet to the scheduler that works ahead.
         known = computed + allocated_ahead - (1 if fleet.async_scheduling and decoding else 0)
         cache_full_blocks(fleet.prefix_cache, requests, i, place, known, fleet.block_size)
@@ -257,13 +263,13 @@ def _victim(fleet: Fleet, requests: RequestTable, i: int) -> int:
     return victim
 
 
-@kernel
+@inlined
 def _grow(fleet: Fleet, requests: RequestTable, i: int, slot: int, computed: int, tokens: int) -> None:
     """Take the blocks for ``tokens`` more in ``slot``; of a prefill what they fill is cached at once, as in vLLM."""
     held = blocks_for(computed, fleet.block_size)
     _take_blocks(fleet, i, slot, held, blocks_for(computed + tokens, fleet.block_size) - held)
     place = fleet.slot[i, slot]
-    if fleet.prefix_cache.enabled and place.finish_tick == NO_FINISH:
+    if fleet.prefix_caching and place.finish_tick == NO_FINISH:
         cache_full_blocks(fleet.prefix_cache, requests, i, place, computed + tokens, fleet.block_size)
 
 
@@ -334,7 +340,7 @@ def begin_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> No
         engine.token_budget -= engine.decodes + chunk
 
 
-@kernel
+@inlined
 def reap(fleet: Fleet, i: int) -> None:
     """The decision that requests which finished held slots and blocks for is made, or will not be: free them."""
     engine = fleet.engine[i]
@@ -342,25 +348,21 @@ def reap(fleet: Fleet, i: int) -> None:
     if engine.leaving == 0:
         return
     kept = 0
-    freed_rows = 0
     prefills_from = engine.first_prefill
     for slot in range(engine.num_running):
         if not _has_finished(fleet, i, slot):
             if kept < slot:
-                fleet.slot[i, kept] = fleet.slot[i, slot]
+                _move_up(fleet, i, slot, kept)
             kept += 1
             continue
         _give_blocks_back(fleet, i, slot, blocks_for(fleet.slot[i, slot].kv_offset, fleet.block_size))
         if slot < prefills_from:
             engine.first_prefill -= 1
-        if fleet.prefix_cache.enabled:
-            freed_rows += 1
-            fleet.prefix_cache.free_row[i, engine.num_running - freed_rows] = fleet.slot[i, slot].row
     engine.num_running = kept
     engine.leaving = 0
 
 
-@kernel
+@inlined
 def must_reschedule(fleet: Fleet, i: int) -> bool:
     """Nothing could be scheduled, but may be at once: after a preemption, or with what is known by now."""
     engine = fleet.engine[i]
@@ -372,17 +374,17 @@ def must_reschedule(fleet: Fleet, i: int) -> bool:
     return bool(engine.preempted)
 
 
-@kernel
+@inlined
 def input_blocks(fleet: Fleet, requests: RequestTable, r: int) -> int:
     """KV blocks of a waiting request's whole input, tokens generated so far included."""
     return blocks_for(requests[r].prompt_tokens + requests[r].generated_tokens, fleet.block_size)
 
 
-@kernel
+@inlined
 def whole_input_fits(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
     """vLLM admits only what has free blocks for its whole input (``scheduler_reserve_full_isl``)."""
     needed = input_blocks(fleet, requests, r)
-    if needed > fleet.engine[i].free_blocks and fleet.prefix_cache.enabled:
+    if needed > fleet.engine[i].free_blocks and fleet.prefix_caching:
         hits = hit_blocks(fleet.prefix_cache, requests, i, r, fleet.block_size)
         needed -= hit_blocks_in_use(fleet.prefix_cache, requests, i, r, hits, fleet.block_size)
     return bool(needed <= fleet.engine[i].free_blocks)
@@ -413,7 +415,7 @@ def _admit(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
         return False
     restored = request.computed_tokens if request.kv_host == i else 0
     hits = 0
-    if fleet.prefix_cache.enabled and restored == 0:
+    if fleet.prefix_caching and restored == 0:
         hits = hit_blocks(fleet.prefix_cache, requests, i, r, fleet.block_size)
     computed = restored + hits * fleet.block_size
     left = request.prompt_tokens + request.generated_tokens - computed
@@ -436,13 +438,12 @@ def _admit(fleet: Fleet, requests: RequestTable, i: int, r: int) -> bool:
     place.kv_offset = computed
     place.prefill_left = left
     place.cached_blocks = 0
-    if fleet.prefix_cache.enabled:
-        place.row = fleet.prefix_cache.free_row[i, slot]
+    if fleet.prefix_caching:
         free_before = hits - hit_blocks_in_use(fleet.prefix_cache, requests, i, r, hits, fleet.block_size)
         take_hits(fleet.prefix_cache, requests, i, place, hits, fleet.block_size)
         engine.free_blocks -= free_before
     _take_blocks(fleet, i, slot, hits, blocks_for(computed + chunk, fleet.block_size) - hits)
-    if fleet.prefix_cache.enabled:
+    if fleet.prefix_caching:
         cache_full_blocks(fleet.prefix_cache, requests, i, place, computed + chunk, fleet.block_size)
     engine.num_running += 1
     engine.factor_sum += request.service_factor
@@ -518,7 +519,7 @@ def interrupt(fleet: Fleet, i: int, now_s: float) -> None:
         engine.next_event_s = engine.start_s + steps_time_s(engine.step_s, engine.growth_s, steps)
 
 
-@kernel
+@inlined
 def _advance_ticks(fleet: Fleet, i: int, steps: int, seconds: float) -> None:
     """Books of ``steps`` steps: caches grow by a token a step, blocks beyond the first step's are taken."""
     engine = fleet.engine[i]
@@ -606,7 +607,7 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
             place.kv_offset = _take_out(fleet, requests, i, slot)
             place.chunk = 0
             engine.leaving += 1
-            if fleet.prefix_cache.enabled:
+            if fleet.prefix_caching:
                 cache_full_blocks(fleet.prefix_cache, requests, i, place, place.kv_offset, fleet.block_size)
             request.state = FINISHED
             request.instance = NOWHERE

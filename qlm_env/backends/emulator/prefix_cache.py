@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_env.compiled import compiled, kernel
+from qlm_env.compiled import compiled, kernel, kernel_if_present
 from qlm_env.requests import Int, Records, RequestTable
 
 Long = NDArray[np.int64]
@@ -42,122 +42,121 @@ class PromptPrefixes(NamedTuple):
     id_tokens: int
 
 
-NO_PREFIXES = PromptPrefixes(np.zeros(0, np.int64), np.zeros(0, np.int64), 1)
+NO_PREFIXES = PromptPrefixes(np.zeros(1, np.int64), np.zeros(0, np.int64), 1)
+
+BLOCK_DTYPE = np.dtype(
+    [
+        ("key", "i8"),  # content, or NO_KEY
+        ("users", "i4"),  # requests in the batch that hold the block
+        ("next_free", "i4"),  # the list of free blocks, closed over record B, whose successor is handed out next
+        ("previous_free", "i4"),
+        ("next_same", "i4"),  # the block cached next with the same key, or NO_BLOCK
+        ("found", "i4"),  # open addressing by key, over all records: the first block cached with it, or NO_BLOCK
+    ],
+    align=True,
+)
 
 
 class PrefixCache(NamedTuple):
-    """The KV blocks of every instance. I instances, B blocks, S batch slots, T table entries, a power of two."""
+    """The KV blocks of every instance. I instances, B blocks, S batch slots, L blocks of the longest request.
 
-    enabled: bool
-    prefixes: PromptPrefixes
-    users: Int
-    """(I, B) requests in the batch that hold the block"""
-    key: Long
-    """(I, B) content, or NO_KEY"""
-    next_free: Int
-    """(I, B + 1) the list of free blocks, closed over entry B, whose successor is the next block to hand out"""
-    previous_free: Int
-    """(I, B + 1)"""
-    table: Int
-    """(I, T) open addressing by key: the first block cached with it, or NO_BLOCK"""
-    next_same: Int
-    """(I, B) the block cached next with the same key, or NO_BLOCK"""
+    Few arrays, because a compiled function is passed each of them by its shape and strides.
+    """
+
+    block: Records
+    """(I, R) BLOCK_DTYPE; R is a power of two above B, so that the records are the hash table's entries too"""
     held: Int
-    """(I, S, L) the blocks of each batch slot's request, in order; rows are dealt by ``SLOT_DTYPE.row``"""
-    free_row: Int
-    """(I, S) rows of ``held``; those from ``num_running`` on are free"""
+    """(I, S, L) the blocks of each batch slot's request, in order; a slot says which row is its own"""
+    ids: Long
+    """See :class:`PromptPrefixes`; the requests say where theirs begin"""
+    num_blocks: int
+    """B, of the instance that has most"""
+    id_tokens: int
 
 
 def make_prefix_cache(
-    num_instances: int,
-    num_blocks: int,
-    max_num_seqs: int,
-    max_request_blocks: int,
-    prefixes: PromptPrefixes = NO_PREFIXES,
-    *,
-    enabled: bool = True,
+    num_instances: int, num_blocks: int, max_num_seqs: int, max_request_blocks: int, prefixes: PromptPrefixes
 ) -> PrefixCache:
     """An empty cache; :func:`reset_blocks` makes an instance's blocks available.
-
-    Where it is not enabled sizes may be 0.
 
     Args:
         num_blocks: of the instance that has most.
         max_request_blocks: of the longest request, its output included.
     """
-    table_size = 1 << max(1, 2 * num_blocks).bit_length()
-    blocks = (num_instances, num_blocks)
+    # Less than half full, the table's probes stay short.
+    records = 1 << (2 * num_blocks).bit_length()
     return PrefixCache(
-        enabled=enabled,
-        prefixes=prefixes,
-        users=np.zeros(blocks, np.int32),
-        key=np.full(blocks, NO_KEY, np.int64),
-        next_free=np.zeros((num_instances, num_blocks + 1), np.int32),
-        previous_free=np.zeros((num_instances, num_blocks + 1), np.int32),
-        table=np.full((num_instances, table_size), NO_BLOCK, np.int32),
-        next_same=np.full(blocks, NO_BLOCK, np.int32),
+        block=np.zeros((num_instances, records), BLOCK_DTYPE).view(np.recarray),
         held=np.zeros((num_instances, max_num_seqs, max_request_blocks), np.int32),
-        free_row=np.tile(np.arange(max_num_seqs, dtype=np.int32), (num_instances, 1)),
+        ids=prefixes.ids,
+        num_blocks=num_blocks,
+        id_tokens=prefixes.id_tokens,
     )
 
 
 # --------------------------------------------------------------------------- the free list
 @kernel
 def _unlink(cache: PrefixCache, i: int, block: int) -> None:
-    before, after = cache.previous_free[i, block], cache.next_free[i, block]
-    cache.next_free[i, before] = after
-    cache.previous_free[i, after] = before
+    before, after = cache.block[i, block].previous_free, cache.block[i, block].next_free
+    cache.block[i, before].next_free = after
+    cache.block[i, after].previous_free = before
 
 
 @kernel
 def _link_before(cache: PrefixCache, i: int, block: int, after: int) -> None:
-    before = cache.previous_free[i, after]
-    cache.next_free[i, before] = block
-    cache.previous_free[i, block] = before
-    cache.next_free[i, block] = after
-    cache.previous_free[i, after] = block
+    before = cache.block[i, after].previous_free
+    cache.block[i, before].next_free = block
+    cache.block[i, block].previous_free = before
+    cache.block[i, block].next_free = after
+    cache.block[i, after].previous_free = block
+
+
+@kernel_if_present
+def reset_blocks(cache: PrefixCache, i: int, num_blocks: int) -> None:
+    """All blocks of the instance free and without content: the first ``num_blocks`` in order, the others out of use."""
+    end = cache.num_blocks
+    cache.block[i, end].next_free = cache.block[i, end].previous_free = end
+    for block in range(end):
+        cache.block[i, block].users = 0
+        cache.block[i, block].key = NO_KEY
+        cache.block[i, block].next_same = NO_BLOCK
+        if block < num_blocks:
+            _link_before(cache, i, block, end)
+    for entry in range(cache.block.shape[1]):
+        cache.block[i, entry].found = NO_BLOCK
 
 
 @compiled
-def reset_blocks(cache: PrefixCache, i: int, num_blocks: int) -> None:
-    """All blocks of the instance free and without content: the first ``num_blocks`` in order, the others out of use."""
-    end = cache.key.shape[1]
-    cache.next_free[i, end] = cache.previous_free[i, end] = end
-    for block in range(end):
-        cache.users[i, block] = 0
-        cache.key[i, block] = NO_KEY
-        cache.next_same[i, block] = NO_BLOCK
-        if block < num_blocks:
-            _link_before(cache, i, block, end)
-    for entry in range(cache.table.shape[1]):
-        cache.table[i, entry] = NO_BLOCK
+def reset_initially(cache: PrefixCache, i: int, num_blocks: int) -> None:
+    """As :func:`reset_blocks`, before the episode."""
+    reset_blocks(cache, i, num_blocks)
 
 
 # --------------------------------------------------------------------------- content
 @kernel
 def _block_key(cache: PrefixCache, requests: RequestTable, r: int, index: int, block_size: int) -> int:
     """Key of the request's ``index``-th block, once it is full."""
-    prefixes = cache.prefixes
-    if (index + 1) * block_size <= requests[r].prompt_tokens and len(prefixes.first) > 0:
-        blocks_per_id = prefixes.id_tokens // block_size
-        entry = prefixes.first[r] + index // blocks_per_id
-        if entry < prefixes.first[r + 1]:
-            return int(prefixes.ids[entry] * blocks_per_id + index % blocks_per_id)
+    request = requests[r]
+    if request.prefix_ids > 0 and (index + 1) * block_size <= request.prompt_tokens:
+        blocks_per_id = cache.id_tokens // block_size
+        place = index // blocks_per_id
+        if place < request.prefix_ids:
+            return int(cache.ids[request.first_prefix_id + place] * blocks_per_id + index % blocks_per_id)
     return -1 - (r * OWN_BLOCKS + index)
 
 
 @kernel
 def _home(cache: PrefixCache, key: int) -> int:
     """Where a search for the key begins. Multiplying by a large odd number spreads consecutive keys."""
-    return ((key * 0x9E3779B97F4A7C5) >> 20) & (cache.table.shape[1] - 1)
+    return ((key * 0x9E3779B97F4A7C5) >> 20) & (cache.block.shape[1] - 1)
 
 
 @kernel
 def _entry(cache: PrefixCache, i: int, key: int) -> int:
     """The key's place in the table: where it stands, or the empty one where it would be put."""
-    mask = cache.table.shape[1] - 1
+    mask = cache.block.shape[1] - 1
     entry = _home(cache, key)
-    while cache.table[i, entry] != NO_BLOCK and cache.key[i, cache.table[i, entry]] != key:
+    while cache.block[i, entry].found != NO_BLOCK and cache.block[i, cache.block[i, entry].found].key != key:
         entry = (entry + 1) & mask
     return entry
 
@@ -165,48 +164,48 @@ def _entry(cache: PrefixCache, i: int, key: int) -> int:
 @kernel
 def _forget(cache: PrefixCache, i: int, block: int) -> None:
     """The block's content is overwritten."""
-    key = cache.key[i, block]
+    key = cache.block[i, block].key
     if key == NO_KEY:
         return
     entry = _entry(cache, i, key)
-    first = cache.table[i, entry]
+    first = cache.block[i, entry].found
     if first != block:
-        while cache.next_same[i, first] != block:
-            first = cache.next_same[i, first]
-        cache.next_same[i, first] = cache.next_same[i, block]
-    elif cache.next_same[i, block] != NO_BLOCK:
-        cache.table[i, entry] = cache.next_same[i, block]
+        while cache.block[i, first].next_same != block:
+            first = cache.block[i, first].next_same
+        cache.block[i, first].next_same = cache.block[i, block].next_same
+    elif cache.block[i, block].next_same != NO_BLOCK:
+        cache.block[i, entry].found = cache.block[i, block].next_same
     else:
         # Close the gap: move up what a probe would no longer reach.
-        mask = cache.table.shape[1] - 1
-        cache.table[i, entry] = NO_BLOCK
+        mask = cache.block.shape[1] - 1
+        cache.block[i, entry].found = NO_BLOCK
         probe = (entry + 1) & mask
-        while cache.table[i, probe] != NO_BLOCK:
-            home = _home(cache, cache.key[i, cache.table[i, probe]])
+        while cache.block[i, probe].found != NO_BLOCK:
+            home = _home(cache, cache.block[i, cache.block[i, probe].found].key)
             if ((probe - home) & mask) >= ((probe - entry) & mask):
-                cache.table[i, entry] = cache.table[i, probe]
-                cache.table[i, probe] = NO_BLOCK
+                cache.block[i, entry].found = cache.block[i, probe].found
+                cache.block[i, probe].found = NO_BLOCK
                 entry = probe
             probe = (probe + 1) & mask
-    cache.key[i, block] = NO_KEY
-    cache.next_same[i, block] = NO_BLOCK
+    cache.block[i, block].key = NO_KEY
+    cache.block[i, block].next_same = NO_BLOCK
 
 
 @kernel
 def _remember(cache: PrefixCache, i: int, block: int, key: int) -> None:
     """The block is full of known content; of several with the same the one that was first is found."""
     entry = _entry(cache, i, key)
-    cache.key[i, block] = key
-    if cache.table[i, entry] == NO_BLOCK:
-        cache.table[i, entry] = block
+    cache.block[i, block].key = key
+    if cache.block[i, entry].found == NO_BLOCK:
+        cache.block[i, entry].found = block
         return
-    last = cache.table[i, entry]
-    while cache.next_same[i, last] != NO_BLOCK:
-        last = cache.next_same[i, last]
-    cache.next_same[i, last] = block
+    last = cache.block[i, entry].found
+    while cache.block[i, last].next_same != NO_BLOCK:
+        last = cache.block[i, last].next_same
+    cache.block[i, last].next_same = block
 
 
-@kernel
+@kernel_if_present
 def cache_full_blocks(
     cache: PrefixCache, requests: RequestTable, i: int, place: Records, tokens: int, block_size: int
 ) -> None:
@@ -219,63 +218,63 @@ def cache_full_blocks(
 
 
 # --------------------------------------------------------------------------- taking and giving back
-@kernel
+@kernel_if_present
 def hit_blocks(cache: PrefixCache, requests: RequestTable, i: int, r: int, block_size: int) -> int:
     """How many blocks at the beginning of a waiting request's input are cached; its last token never counts."""
     limit = (requests[r].prompt_tokens + requests[r].generated_tokens - 1) // block_size
     hits = 0
     while hits < limit:
         entry = _entry(cache, i, _block_key(cache, requests, r, hits, block_size))
-        if cache.table[i, entry] == NO_BLOCK:
+        if cache.block[i, entry].found == NO_BLOCK:
             break
         hits += 1
     return hits
 
 
-@kernel
+@kernel_if_present
 def hit_blocks_in_use(cache: PrefixCache, requests: RequestTable, i: int, r: int, hits: int, block_size: int) -> int:
     """How many of the first ``hits`` blocks are held by a running request, so that taking them costs nothing."""
     in_use = 0
     for index in range(hits):
         entry = _entry(cache, i, _block_key(cache, requests, r, index, block_size))
-        in_use += cache.users[i, cache.table[i, entry]] > 0
+        in_use += cache.block[i, cache.block[i, entry].found].users > 0
     return in_use
 
 
-@kernel
+@kernel_if_present
 def take_hits(cache: PrefixCache, requests: RequestTable, i: int, place: Records, hits: int, block_size: int) -> None:
     """The slot's request takes over ``hits`` cached blocks."""
     for index in range(hits):
         entry = _entry(cache, i, _block_key(cache, requests, place.request, index, block_size))
-        block = cache.table[i, entry]
-        if cache.users[i, block] == 0:
+        block = cache.block[i, entry].found
+        if cache.block[i, block].users == 0:
             _unlink(cache, i, block)
-        cache.users[i, block] += 1
+        cache.block[i, block].users += 1
         cache.held[i, place.row, index] = block
     place.cached_blocks = hits
 
 
-@kernel
+@kernel_if_present
 def take_free(cache: PrefixCache, i: int, row: int, held: int, count: int) -> None:
     """``count`` free blocks for a request that holds ``held``; their content is forgotten."""
     for index in range(held, held + count):
-        block = cache.next_free[i, cache.key.shape[1]]
+        block = cache.block[i, cache.num_blocks].next_free
         _unlink(cache, i, block)
         _forget(cache, i, block)
-        cache.users[i, block] = 1
+        cache.block[i, block].users = 1
         cache.held[i, row, index] = block
 
 
-@kernel
+@kernel_if_present
 def give_back(cache: PrefixCache, i: int, row: int, held: int) -> int:
     """A request leaves its ``held`` blocks; returns how many became free. The last block is handed out first."""
-    end = cache.key.shape[1]
-    front = cache.next_free[i, end]
+    end = cache.num_blocks
+    front = cache.block[i, end].next_free
     freed = 0
     for index in range(held - 1, -1, -1):
         block = cache.held[i, row, index]
-        cache.users[i, block] -= 1
-        if cache.users[i, block] == 0:
+        cache.block[i, block].users -= 1
+        if cache.block[i, block].users == 0:
             freed += 1
-            _link_before(cache, i, block, front if cache.key[i, block] == NO_KEY else end)
+            _link_before(cache, i, block, front if cache.block[i, block].key == NO_KEY else end)
     return freed

@@ -137,7 +137,7 @@ def activate(fleet: Fleet, i: int, model: int, now_s: float) -> None:
     engine.swap_target = NOWHERE
     engine.next_event_s = NEVER
     engine.free_blocks = placement.num_blocks
-    if fleet.prefix_cache.enabled:
+    if fleet.prefix_caching:
         reset_blocks(fleet.prefix_cache, i, placement.num_blocks)
 
 

@@ -15,7 +15,7 @@ from qlm_env.backends.emulator.prefix_cache import (
     PrefixCache,
     PromptPrefixes,
     make_prefix_cache,
-    reset_blocks,
+    reset_initially,
 )
 from qlm_env.requests import NOWHERE, Int, Records, RequestTable
 from qlm_env.spec import ConfigError
@@ -126,7 +126,7 @@ SLOT_DTYPE = np.dtype(
         ("prefill_left", "i4"),  # prefill tokens still to compute
         ("chunk", "i4"),  # tokens of the step in progress, where they are not simply one
         ("cached_blocks", "i4"),  # prefix caching: blocks whose content can be found
-        ("row", "i4"),  # prefix caching: the row of `held` that lists its blocks
+        ("row", "i4"),  # prefix caching: the row of `held` that lists its blocks; a free slot's is free
     ],
     align=True,
 )
@@ -147,13 +147,15 @@ class Fleet(NamedTuple):
     """(I, K) decoding slots by the value of tick modulo K at which they need another block"""
     placement: Records
     """(I, M) PLACEMENT_DTYPE"""
-    prefix_cache: PrefixCache
+    prefix_cache: PrefixCache | None
+    """None until it is sized for the requests, and where prefix caching is off"""
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     chunked_prefill: bool
     scheduling_policy: int
     async_scheduling: bool
+    prefix_caching: bool
 
 
 def make_fleet(
@@ -192,13 +194,14 @@ def make_fleet(
         slot=np.zeros((num_instances, max_num_seqs), SLOT_DTYPE).view(np.recarray),
         block_phase=np.zeros((num_instances, block_size), np.int32),
         placement=placement,
-        prefix_cache=make_prefix_cache(num_instances, 0, 0, 0, enabled=prefix_caching),
+        prefix_cache=None,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         chunked_prefill=chunked_prefill,
         scheduling_policy=scheduling_policy,
         async_scheduling=async_scheduling,
+        prefix_caching=prefix_caching,
     )
 
 
@@ -206,18 +209,21 @@ def size_prefix_cache(fleet: Fleet, requests: RequestTable, prefixes: PromptPref
     """The fleet with a prefix cache that can hold these requests; unchanged where prefix caching is off.
 
     Args:
-        prefixes: which of the prompts begin alike; ``id_tokens`` must be a multiple of the block size.
+        prefixes: which of the prompts begin alike; the requests are told where their ids stand.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the ids stand for a number of tokens that the block size does not divide.
     """
-    if not fleet.prefix_cache.enabled:
+    if not fleet.prefix_caching:
         return fleet
-    if len(prefixes.first) and prefixes.id_tokens % fleet.block_size:
+    if len(prefixes.ids) and prefixes.id_tokens % fleet.block_size:
         raise ConfigError(
-            f"'cluster.engine.block_size': must divide the {prefixes.id_tokens} tokens of a prefix block of the "
-            f"workload (got {fleet.block_size})"
+            f"'cluster.engine.block_size': must divide the {prefixes.id_tokens} tokens that a prefix id of the "
+            f"workload stands for (got {fleet.block_size})"
         )
+    if len(prefixes.ids):
+        requests["first_prefix_id"] = prefixes.first[:-1]
+        requests["prefix_ids"] = np.diff(prefixes.first)
     longest = int((requests["prompt_tokens"].astype(np.int64) + requests["output_tokens"]).max(initial=1))
     num_blocks = fleet.placement["num_blocks"]
     cache = make_prefix_cache(
@@ -225,5 +231,6 @@ def size_prefix_cache(fleet: Fleet, requests: RequestTable, prefixes: PromptPref
     )
     for i, model in enumerate(fleet.engine["active_model"]):
         if model != NOWHERE:
-            reset_blocks(cache, i, int(num_blocks[i, model]))
+            reset_initially(cache, i, int(num_blocks[i, model]))
+    fleet.slot["row"] = np.arange(fleet.max_num_seqs)
     return fleet._replace(prefix_cache=cache)
