@@ -65,6 +65,7 @@ def service_of_batch(placement: Any, batch: Array, prompt_tokens: Array, output_
         + placement["c3"] * batch * (prompt_tokens + output_tokens / 2)
         + placement["c4"] * batch / output_tokens * prompt_tokens**2 / 2
         + placement["c5"] * batch
+        + placement["c6"] * np.minimum(1.0, batch / output_tokens) * batch * (prompt_tokens + output_tokens / 2)
     )
     latency_s = output_tokens * step_s
     return ServiceEstimate(interval_s=latency_s / batch, latency_s=latency_s)

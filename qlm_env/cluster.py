@@ -24,7 +24,7 @@ from qlm_env.queueing.groups import make_queues
 from qlm_env.requests import Int, Records, RequestTable, reset_state
 from qlm_env.spec import ClusterSpec, FailureSpec, GroupingSpec, ModelSpec, ScenarioSpec
 
-COEFFICIENTS = ("c0", "c1", "n0", "c2", "c3", "c4", "c5")
+COEFFICIENTS = ("c0", "c1", "n0", "c2", "c3", "c4", "c5", "c6")
 
 LOG_ENTRIES = 1 << 14
 """Event log, at least; it always has room for several entries per batch slot, as one event may write."""

@@ -19,6 +19,7 @@ from numba.core import types
 from numba.core.registry import CPUDispatcher
 
 F = TypeVar("F", bound=Callable[..., object])
+R = TypeVar("R")
 
 
 def _widest(argument: Any) -> Any:
@@ -36,7 +37,7 @@ class _Dispatcher(CPUDispatcher):
     that is called from there: more than half of this package's functions, and of the time to compile it.
     """
 
-    when_absent: _Dispatcher | None = None
+    when_absent: Any = None
     """What a call with None as first argument runs instead; see :func:`kernel_if_present`."""
 
     def get_call_template(self, args: Iterable[Any], kws: Mapping[str, Any]) -> Any:  # type: ignore[override]
@@ -50,7 +51,7 @@ class _Dispatcher(CPUDispatcher):
     def get_overload(self, sig: Any) -> Any:
         """The machine code for a signature: what was not compiled from this function was from its stand-in."""
         if self.when_absent is not None and sig not in self.overloads:
-            return self.when_absent.get_overload(sig)  # type: ignore[no-untyped-call]
+            return self.when_absent.get_overload(sig)
         return super().get_overload(sig)  # type: ignore[no-untyped-call]
 
 
@@ -109,7 +110,7 @@ def _nothing(*arguments: object) -> int:
     return 0
 
 
-def kernel_if_present(function: F) -> F:
+def kernel_if_present(function: Callable[..., R]) -> Callable[..., R]:
     """As :func:`kernel`, for a function of something optional, its first argument: with None it does nothing, and is 0.
 
     What is None has no type in compiled code that the function could be compiled for.

@@ -109,6 +109,7 @@ def toy_world(
         c3_s_per_kv_token=0.0,
         c4_s_per_token2=0.0,
         c5_s_per_sequence=0.0,
+        c6_s_per_mixed_kv_token=0.0,
         num_gpu_blocks=num_blocks + 1.0,
         cold_start_s=COLD_START_S,
         stage_s=STAGE_S,

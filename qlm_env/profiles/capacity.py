@@ -113,6 +113,7 @@ def saturated_rate_per_s(
     kv_read = decodes * (resident - 1)
     attention = batch * prompt_tokens**2 / 2
 
+    # Prompts enter one after another, so of the steps in which a batch is served so many hold a prefill chunk.
     c = profile.step_time
     tokens_below = min(new_tokens / steps, c.n0_tokens) * steps
     seconds = (
@@ -122,6 +123,7 @@ def saturated_rate_per_s(
         + c.c3_s_per_kv_token * kv_read
         + c.c4_s_per_token2 * attention
         + c.c5_s_per_sequence * decodes
+        + c.c6_s_per_mixed_kv_token * kv_read * min(1.0, batch / steps)
     )
     return batch / seconds
 

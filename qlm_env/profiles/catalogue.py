@@ -1,27 +1,26 @@
-"""The shipped profiles: what each is fitted to or estimated from, and the rules for its other numbers."""
+"""The shipped profiles: what each is fitted to or estimated from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from qlm_env.profiles.hardware import (
-    ARCHITECTURES,
-    DEVICES,
-    GPU_MEMORY_UTILIZATION,
-    RESERVE_BYTES_PER_GPU,
-    Architecture,
-    Device,
-    num_gpu_blocks,
-)
-from qlm_env.profiles.least_squares import RegimeError, fit_step_time, held_out_predictions_s, regime_errors
+from qlm_env.profiles import quantities
+from qlm_env.profiles.fitting import SPLIT_SEED, StepTimeFit, fit_table
+from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES, num_gpu_blocks
+from qlm_env.profiles.layerwise import compose_steps, read_layer_times
 from qlm_env.profiles.load import ProfileKey
+from qlm_env.profiles.power import BusyPower
+from qlm_env.profiles.quantities import Quantities, quantity
 from qlm_env.profiles.residency import ResidencyTimes
 from qlm_env.profiles.scaling import PARALLEL_EFFICIENCY, roofline, scale_architecture, scale_tp
-from qlm_env.profiles.schema import UNITS, Profile, Quantity, StepTimeCoefficients
-from qlm_env.profiles.step_tables import StepTable, read_aegaeon, read_aiconfigurator
+from qlm_env.profiles.schema import BLOCK_TOKENS, Profile
+from qlm_env.profiles.step_tables import StepTable, read_step_table
+
+AEGAEON, AICONFIGURATOR, LAYERWISE = "Aegaeon", "AIConfigurator", "vLLM layers"
 
 
 class Measurements(NamedTuple):
@@ -32,49 +31,140 @@ class Measurements(NamedTuple):
     device: str
 
 
-AEGAEON, AICONFIGURATOR = "Aegaeon", "AIConfigurator"
+def _aegaeon(device: str, models: Mapping[str, str]) -> dict[ProfileKey, Measurements]:
+    return {
+        ProfileKey(device, architecture, 1): Measurements(AEGAEON, model, device)
+        for architecture, model in models.items()
+    }
 
-FITTED = {
-    ProfileKey("A10", "llama-2-7b", 1): Measurements(AEGAEON, "llama2_7b", "A10"),
-    ProfileKey("A100", "llama-2-7b", 1): Measurements(AEGAEON, "llama2_7b", "A100"),
-    ProfileKey("A100", "llama-2-13b", 1): Measurements(AEGAEON, "llama2_13b_chat", "A100"),
-    ProfileKey("A100", "llama-3.1-8b", 1): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-8B", "a100_sxm"),
-    ProfileKey("A100", "qwen3-32b", 2): Measurements(AICONFIGURATOR, "Qwen/Qwen3-32B", "a100_sxm"),
-    ProfileKey("A100", "llama-3.1-70b", 4): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-70B", "a100_sxm"),
-}
 
-ESTIMATED_FROM = {
-    ProfileKey("A10", "llama-3.1-8b", 1): ProfileKey("A10", "llama-2-7b", 1),
-    ProfileKey("A10", "llama-2-7b", 2): ProfileKey("A10", "llama-2-7b", 1),
-    ProfileKey("A10", "llama-2-13b", 2): ProfileKey("A10", "llama-2-7b", 1),
-    ProfileKey("A100", "llama-2-7b", 4): ProfileKey("A100", "llama-2-7b", 1),
-    ProfileKey("A100", "llama-2-13b", 4): ProfileKey("A100", "llama-2-13b", 1),
-}
+def _aiconfigurator(device: str, system: str) -> dict[ProfileKey, Measurements]:
+    return {
+        ProfileKey(device, "llama-3.1-8b", 1): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-8B", system),
+        ProfileKey(device, "qwen3-8b", 1): Measurements(AICONFIGURATOR, "Qwen/Qwen3-8B", system),
+        ProfileKey(device, "qwen3-32b", 2): Measurements(AICONFIGURATOR, "Qwen/Qwen3-32B", system),
+        ProfileKey(device, "llama-3.1-70b", 4): Measurements(AICONFIGURATOR, "meta-llama/Meta-Llama-3.1-70B", system),
+    }
+
+
+# Aegaeon's other models are no text-only dense ones, or (qwen_7b) share their architecture with one listed. Yi-1.5-6B
+# on H800 is left out: its repeats differ by a fifth, and a token costs more the more of them a prefill has.
+FITTED = (
+    _aegaeon(
+        "A10",
+        {
+            "llama-2-7b": "llama2_7b",
+            "qwen2.5-7b": "qwen2_5_7b",
+            "qwen-7b": "qwen_7b_chat",
+            "yi-1.5-6b": "yi1_5_6b_chat",
+        },
+    )
+    | _aegaeon(
+        "A100",
+        {
+            "llama-2-7b": "llama2_7b",
+            "llama-2-13b": "llama2_13b_chat",
+            "qwen2.5-7b": "qwen2_5_7b",
+            "qwen-7b": "qwen_7b_chat",
+            "yi-1.5-6b": "yi1_5_6b_chat",
+            "yi-1.5-9b": "yi1_5_9b_chat",
+            "internlm2.5-7b": "internlm2_5_7b_chat",
+        },
+    )
+    | _aegaeon(
+        "H100",
+        {"llama-2-13b": "llama2_13b_chat", "qwen2.5-7b": "qwen2_5_7b", "yi-1.5-9b": "yi1_5_9b_chat"},
+    )
+    | _aegaeon(
+        "H800",
+        {
+            "llama-2-7b": "llama2_7b",
+            "llama-2-13b": "llama2_13b_chat",
+            "qwen2.5-7b": "qwen2_5_7b",
+            "qwen-7b": "qwen_7b_chat",
+            "qwen-14b": "qwen_14b_chat",
+            "qwen1.5-14b": "qwen1_5_14b_chat",
+            "yi-1.5-9b": "yi1_5_9b_chat",
+            "internlm2.5-7b": "internlm2_5_7b_chat",
+            "baichuan-7b": "baichuan_7b",
+            "baichuan2-13b": "baichuan2_13b_chat",
+        },
+    )
+    | _aiconfigurator("A100", "a100_sxm")
+    | _aiconfigurator("H100", "h100_sxm")
+    | _aiconfigurator("H200", "h200_sxm")
+    | _aiconfigurator("L40S", "l40s")
+    | {
+        ProfileKey("RTX4090", "llama-3.1-8b", 1): Measurements(LAYERWISE, "meta-llama/Llama-3.1-8B", "RTX4090"),
+        ProfileKey("RTXPRO6000", "qwen3-32b", 1): Measurements(LAYERWISE, "Qwen/Qwen3-32B", "RTXPRO6000"),
+        ProfileKey("RTXPRO6000", "qwen3-32b", 2): Measurements(LAYERWISE, "Qwen/Qwen3-32B", "RTXPRO6000"),
+    }
+)
+
+
+def _from(device: str, tp: int, base: str, *architectures: str, base_tp: int = 1) -> dict[ProfileKey, ProfileKey]:
+    return {ProfileKey(device, architecture, tp): ProfileKey(device, base, base_tp) for architecture in architectures}
+
+
+ESTIMATED_FROM = (
+    _from("A10", 1, "llama-2-7b", "llama-3.1-8b", "mistral-7b")
+    | _from("A10", 2, "llama-2-7b", "llama-2-7b", "llama-2-13b", "vicuna-13b")
+    | _from("A100", 1, "llama-2-13b", "vicuna-13b")
+    | _from("A100", 1, "llama-3.1-8b", "mistral-7b")
+    | _from("A100", 1, "qwen3-8b", "qwen3-14b")
+    | _from("A100", 4, "llama-2-7b", "llama-2-7b")
+    | _from("A100", 4, "llama-2-13b", "llama-2-13b", "vicuna-13b")
+    | _from("H100", 1, "llama-2-13b", "llama-2-7b", "vicuna-13b")
+    | _from("H100", 1, "llama-3.1-8b", "mistral-7b")
+    | _from("H100", 1, "qwen3-8b", "qwen3-14b")
+    | _from("H200", 1, "llama-3.1-8b", "mistral-7b", "llama-2-7b", "llama-2-13b", "vicuna-13b")
+    | _from("H200", 1, "qwen3-8b", "qwen3-14b")
+    | _from("H800", 1, "llama-2-13b", "vicuna-13b")
+    | _from("H800", 1, "internlm2.5-7b", "llama-3.1-8b", "mistral-7b")
+    | _from("L40S", 1, "llama-3.1-8b", "mistral-7b", "llama-2-7b", "llama-2-13b", "vicuna-13b")
+    | _from("L40S", 1, "qwen3-8b", "qwen3-14b")
+    | _from("RTX4090", 1, "llama-3.1-8b", "mistral-7b", "llama-2-7b", "qwen3-8b")
+    | _from(
+        "RTXPRO6000",
+        1,
+        "qwen3-32b",
+        "qwen3-8b",
+        "qwen3-14b",
+        "llama-3.1-8b",
+        "mistral-7b",
+        "llama-2-7b",
+        "llama-2-13b",
+        "vicuna-13b",
+    )
+    | _from("RTXPRO6000", 2, "qwen3-32b", "llama-3.1-70b", base_tp=2)
+)
 """Profiles without measurements, and the fitted neighbour each is scaled from."""
-
-SPLIT_SEED = 0
-"""Deals the rows of every table to folds."""
-
-KV_SWAP_LINK_SHARE = 0.7
-"""Of the PCIe rating, as KV cache transfers reach it."""
-
-MEASURED_TRANSFER_TPS = (1, 4)
-"""Where the sleep-mode measurements have an A100 instance."""
 
 
 class Fit(NamedTuple):
-    """Step-time coefficients of one profile and how well they predict steps they were not fitted to."""
+    """The fit of one profile, what it was made from, and where that comes from."""
 
     source: str
     table: StepTable
-    coefficients: StepTimeCoefficients
-    errors: dict[str, RegimeError]
-    """Held out, by regime."""
+    fit: StepTimeFit
 
-    @property
-    def mean_error(self) -> float:
-        rows = sum(error.rows for error in self.errors.values())
-        return sum(error.rows * error.mean for error in self.errors.values()) / rows
+
+def read_steps(profiles_data: Path, key: ProfileKey, measurements: Measurements) -> StepTable:
+    """The steps that a profile is fitted to.
+
+    Raises:
+        ConfigError: a table is missing or lacks rows.
+    """
+    if measurements.table == AEGAEON:
+        path = profiles_data / "aegaeon_prefill_decode.csv"
+        return read_step_table(path, {"model": measurements.model, "device": measurements.device})
+    if measurements.table == AICONFIGURATOR:
+        path = profiles_data / "aiconfigurator_step_latency.csv"
+        return read_step_table(path, {"model": measurements.model, "system": measurements.device, "tp": key.tp})
+    folder = profiles_data / "vllm_layerwise" / measurements.device / measurements.model / "bf16"
+    device, architecture = DEVICES[key.device], ARCHITECTURES[key.architecture]
+    kv_tokens = BLOCK_TOKENS * num_gpu_blocks(device, architecture, key.tp)
+    return compose_steps(read_layer_times(folder, key.tp), architecture, device, kv_tokens)
 
 
 def fit_step_times(profiles_data: Path) -> dict[ProfileKey, Fit]:
@@ -85,162 +175,74 @@ def fit_step_times(profiles_data: Path) -> dict[ProfileKey, Fit]:
     """
     fits = {}
     for key, measurements in FITTED.items():
-        if measurements.table == AEGAEON:
-            table = read_aegaeon(profiles_data / "aegaeon_prefill_decode.csv", measurements.model, measurements.device)
-            source = (
-                f"fit to Aegaeon's measurements (SOSP 2025 artifact, Apache-2.0) of {measurements.model} on "
-                f"{measurements.device}, fp16, eager"
-            )
-        else:
-            table = read_aiconfigurator(
-                profiles_data / "aiconfigurator_step_latency.csv",
-                measurements.model,
-                measurements.device,
-                key.tp,
-            )
-            source = (
-                f"fit to AIConfigurator 0.12.0 (Apache-2.0) predictions of vLLM steps of "
-                f"{measurements.model} on {measurements.device}, tp={key.tp}"
-            )
+        table = read_steps(profiles_data, key, measurements)
         at_least = roofline(DEVICES[key.device], ARCHITECTURES[key.architecture], key.tp)
-        rng = np.random.default_rng(np.random.SeedSequence(SPLIT_SEED))
-        predicted_s = held_out_predictions_s(table, at_least, rng)
-        fits[key] = Fit(source, table, fit_step_time(table, at_least), regime_errors(table, predicted_s))
+        rng = np.random.default_rng(SPLIT_SEED)
+        fits[key] = Fit(_source(key, measurements), table, fit_table(table, rng, at_least))
     return fits
 
 
-def build_profiles(fits: dict[ProfileKey, Fit], residency: ResidencyTimes) -> dict[ProfileKey, Profile]:
+def _source(key: ProfileKey, measurements: Measurements) -> str:
+    model, device = measurements.model, measurements.device
+    if measurements.table == AEGAEON:
+        return f"fit to Aegaeon's measurements (SOSP 2025 artifact, Apache-2.0) of {model} on {device}, fp16, eager"
+    if measurements.table == AICONFIGURATOR:
+        return (
+            f"fit to AIConfigurator 0.12.0 (Apache-2.0) predictions of vLLM steps of {model} on {device}, tp={key.tp}"
+        )
+    source = (
+        f"fit to whole steps composed from the layer times of vLLM 0.19 (LLMServingSim 2.0, MIT) of {model} on {device}"
+    )
+    return source if key.tp == 1 else f"{source}, tp={key.tp}; all-reduces {DEVICES[key.device].collective.source}"
+
+
+def build_profiles(
+    fits: Mapping[ProfileKey, Fit], residency: ResidencyTimes, busy: BusyPower
+) -> dict[ProfileKey, Profile]:
     """Every shipped profile."""
     step_times = {key: _fitted_step_time(key, fit) for key, fit in fits.items()}
-    step_times |= {key: _estimated_step_time(key, base, fits[base]) for key, base in ESTIMATED_FROM.items()}
+    step_times |= {key: _estimated_step_time(key, base, fits[base].fit) for key, base in ESTIMATED_FROM.items()}
     return {
         key: Profile(
             device=key.device,
             architecture=key.architecture,
             tp=key.tp,
-            **(step_time | _memory(key) | _residency(key, residency)),
+            **(step_time | _hardware_quantities(key, residency, busy)),
         )
         for key, step_time in step_times.items()
     }
 
 
-def _fitted_step_time(key: ProfileKey, fit: Fit) -> dict[str, Quantity]:
-    quantities = {
-        name: _quantity(name, value, "fitted", fit.source, fit.mean_error)
-        for name, value in fit.coefficients._asdict().items()
-    }
-    least = roofline(DEVICES[key.device], ARCHITECTURES[key.architecture], key.tp)
-    for name, what in (("c3_s_per_kv_token", "memory bandwidth"), ("c4_s_per_token2", "fp16 compute")):
-        value = getattr(least, name)
-        if np.isclose(getattr(fit.coefficients, name), value, rtol=1e-6, atol=0.0):
-            source = f"at the {key.device}'s peak {what}: the steps measured do not resolve this term"
-            quantities[name] = _quantity(name, value, "estimated", source)
-    return quantities
+def _fitted_step_time(key: ProfileKey, fit: Fit) -> Quantities:
+    device, architecture = DEVICES[key.device], ARCHITECTURES[key.architecture]
+    return quantities.step_time(fit.fit, fit.source, device, architecture, key.tp)
 
 
-def _estimated_step_time(key: ProfileKey, base: ProfileKey, fit: Fit) -> dict[str, Quantity]:
+def _estimated_step_time(key: ProfileKey, base: ProfileKey, fit: StepTimeFit) -> Quantities:
     coefficients = fit.coefficients
     source = f"from the fit of {base.architecture} on {base.device} tp={base.tp}"
     if key.architecture != base.architecture:
         coefficients = scale_architecture(
             coefficients, ARCHITECTURES[base.architecture], ARCHITECTURES[key.architecture]
         )
-        source += ": c0, c1 and c2 by parameters, c3 by KV bytes per token, c4 by attention work, n0 and c5 as is"
+        source += ": c0, c1 and c2 by parameters, c3 and c6 by KV bytes per token, c4 by attention work, "
+        source += "n0 and c5 as is"
     if key.tp != base.tp:
         efficiency = PARALLEL_EFFICIENCY[key.device, key.tp]
         coefficients = scale_tp(coefficients, key.tp, efficiency)
         source += (
-            f"; over {key.tp} GPUs at a parallel efficiency of {efficiency.memory:.2f} for c0 and c3 and "
+            f"; over {key.tp} GPUs at a parallel efficiency of {efficiency.memory:.2f} for c0, c3 and c6 and "
             f"{efficiency.compute:.2f} for c1, c2 and c4 ({efficiency.source})"
         )
-    return {name: _quantity(name, value, "estimated", source) for name, value in coefficients._asdict().items()}
+    return {name: quantity(name, value, "estimated", source) for name, value in coefficients._asdict().items()}
 
 
-def _memory(key: ProfileKey) -> dict[str, Quantity]:
-    device, architecture = _hardware(key)
-    configuration = f"from the published configuration of {architecture.name}: "
-    numbers = {
-        "weight_bytes": (architecture.weight_bytes, configuration + "2 bytes per parameter"),
-        "kv_bytes_per_token": (
-            architecture.kv_bytes_per_token,
-            configuration + f"2 (K and V) x 2 bytes x {architecture.layers} layers x {architecture.kv_heads} KV heads "
-            f"x {architecture.head_dim}",
-        ),
-        "num_gpu_blocks": (
-            num_gpu_blocks(device, architecture, key.tp),
-            f"({GPU_MEMORY_UTILIZATION} x {device.memory_bytes / 1e9:.2f}e9 B x tp - weight_bytes - "
-            f"{RESERVE_BYTES_PER_GPU / 1e9:.2f}e9 B x tp for activations) / (16 x kv_bytes_per_token)",
-        ),
-        "context_tokens": (architecture.context_tokens, configuration + "max_position_embeddings"),
-    }
-    return {
-        name: Quantity(value=value, unit=UNITS[name], kind="estimated", source=source)
-        for name, (value, source) in numbers.items()
-    }
-
-
-def _residency(key: ProfileKey, times: ResidencyTimes) -> dict[str, Quantity]:
-    device, architecture = _hardware(key)
+def _hardware_quantities(key: ProfileKey, times: ResidencyTimes, busy: BusyPower) -> Quantities:
+    device, architecture = DEVICES[key.device], ARCHITECTURES[key.architecture]
     num_bytes = architecture.weight_bytes
-    cold_start_s = times.cold_start.seconds(num_bytes)
-    sleep_s = times.sleep.seconds(num_bytes, key.tp)
-    borrowed = "" if key.device == "A100" else f"; taken over from A100: {key.device} has the same PCIe 4.0 x16 link"
-
-    cold_start = _quantity(
-        "cold_start_s",
-        cold_start_s,
-        "estimated" if borrowed else "fitted",
-        f"{times.cold_start.base_s:.1f} s + weight_bytes / "
-        f"{times.cold_start.storage_bytes_per_s / 1e9:.2f}e9 B/s, fit to vLLM 0.11 cold loads "
-        f"(vLLM blog, 2025-10-26){borrowed}",
-        None if borrowed else times.cold_start.fit_error,
-    )
-    transfers = {}
-    for name, fit in (("wake_s", times.wake), ("sleep_s", times.sleep)):
-        unmeasured = borrowed or (
-            "" if key.tp in MEASURED_TRANSFER_TPS else f"; tp={key.tp} lies between those measured"
-        )
-        transfers[name] = _quantity(
-            name,
-            fit.seconds(num_bytes, key.tp),
-            "estimated" if unmeasured else "fitted",
-            f"{fit.base_s:.2f} s + weight_bytes / min(tp x {fit.link_bytes_per_s / 1e9:.1f}e9, "
-            f"{fit.host_bytes_per_s / 1e9:.1f}e9) B/s, fit to vLLM 0.11 sleep mode, level 1 (vLLM blog, "
-            f"2025-10-26){unmeasured}",
-            None if unmeasured else fit.fit_error,
-        )
-    kv_swap = min(key.tp * KV_SWAP_LINK_SHARE * device.host_link_bytes_per_s, times.wake.host_bytes_per_s)
-    return transfers | {
-        "cold_start_s": cold_start,
-        "stage_s": _quantity(
-            "stage_s",
-            cold_start_s + sleep_s,
-            "estimated",
-            "cold_start_s + sleep_s: vLLM warms a model by starting its process and putting it to sleep",
-        ),
-        "kv_swap_bytes_per_s": _quantity(
-            "kv_swap_bytes_per_s",
-            kv_swap,
-            "estimated",
-            f"min(tp x {KV_SWAP_LINK_SHARE} x {device.host_link_bytes_per_s / 1e9:.0f}e9, "
-            f"{times.wake.host_bytes_per_s / 1e9:.1f}e9) B/s: a share of the PCIe rating per GPU, up to the "
-            "rate at which four A100 woke from host memory",
-        ),
+    return {
+        **quantities.architecture_bytes(architecture),
+        "num_gpu_blocks": quantities.blocks(device, num_bytes, architecture.kv_bytes_per_token, key.tp),
+        **quantities.residency(device, num_bytes, key.tp, times),
+        **quantities.power(device, key.tp, busy),
     }
-
-
-def _hardware(key: ProfileKey) -> tuple[Device, Architecture]:
-    return DEVICES[key.device], ARCHITECTURES[key.architecture]
-
-
-def _quantity(name: str, value: float, kind: str, source: str, fit_error: float | None = None) -> Quantity:
-    """Rounded to four digits: beyond what any fit resolves, and so the same on every machine."""
-    return Quantity.model_validate(
-        {
-            "value": float(f"{value:.4g}"),
-            "unit": UNITS[name],
-            "kind": kind,
-            "source": source,
-            "fit_error": None if fit_error is None else float(f"{fit_error:.2g}"),
-        }
-    )

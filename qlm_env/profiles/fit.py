@@ -2,41 +2,31 @@
 
 ``python -m qlm_env.profiles.fit --data DIR --out qlm_env/profiles/data [--docs docs/profiles.md]``
 
-``DIR`` holds ``profiles/aegaeon_prefill_decode.csv``, ``profiles/aiconfigurator_step_latency.csv``,
-``profiles/vllm_sleep_mode.csv`` and ``lengths/sharegpt_10k_llama2.csv``. The same data give the same files,
-byte for byte.
+``DIR`` holds ``profiles/`` with ``aegaeon_prefill_decode.csv``, ``aiconfigurator_step_latency.csv``,
+``vllm_layerwise/``, ``vllm_sleep_mode.csv`` and ``splitwise_power.csv``, and ``lengths/sharegpt_10k_llama2.csv``.
+The same data give the same files, byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 from numpy.typing import NDArray
 
 from qlm_env.profiles.catalogue import build_profiles, fit_step_times
+from qlm_env.profiles.load import profile_yaml
+from qlm_env.profiles.power import fit_busy_power
 from qlm_env.profiles.report import fit_table, insert_tables, rate_table, rule_table
 from qlm_env.profiles.residency import fit_residency
-from qlm_env.profiles.schema import UNITS, Profile
 from qlm_env.spec import ConfigError
+from qlm_env.workload.atomic import atomic_path
 
-HEADER = "# Written by `python -m qlm_env.profiles.fit`; change the rules there, not the numbers here.\n"
-
-
-def profile_yaml(profile: Profile) -> str:
-    """The text of a profile's file."""
-    values = profile.model_dump(exclude_none=True)
-    for name in UNITS:
-        if values[name]["value"].is_integer():
-            values[name]["value"] = int(values[name]["value"])
-    text: str = yaml.safe_dump(values, sort_keys=False, width=100)
-    return HEADER + text
+WRITTEN_BY = "Written by `python -m qlm_env.profiles.fit`; change the rules there, not the numbers here."
 
 
 def generate(data: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -46,9 +36,13 @@ def generate(data: Path) -> tuple[dict[str, str], dict[str, str]]:
         ConfigError: a file of measurements is missing or lacks rows.
     """
     fits = fit_step_times(data / "profiles")
-    profiles = build_profiles(fits, fit_residency(data / "profiles" / "vllm_sleep_mode.csv"))
+    profiles = build_profiles(
+        fits,
+        fit_residency(data / "profiles" / "vllm_sleep_mode.csv"),
+        fit_busy_power(data / "profiles" / "splitwise_power.csv"),
+    )
     prompt_tokens, output_tokens = _lengths(data / "lengths" / "sharegpt_10k_llama2.csv")
-    files = {key.file_name: profile_yaml(profile) for key, profile in sorted(profiles.items())}
+    files = {key.file_name: profile_yaml(profile, WRITTEN_BY) for key, profile in sorted(profiles.items())}
     tables = {
         "fit errors": fit_table(fits),
         "rule checks": rule_table(fits),
@@ -91,12 +85,8 @@ def _lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

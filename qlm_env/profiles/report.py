@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qlm_env.profiles.capacity import Lengths, mean_resident_tokens, saturated_rate_per_s
-from qlm_env.profiles.catalogue import AEGAEON, AICONFIGURATOR, FITTED, Fit
+from qlm_env.profiles.catalogue import AEGAEON, AICONFIGURATOR, FITTED, LAYERWISE, Fit
 from qlm_env.profiles.hardware import ARCHITECTURES
 from qlm_env.profiles.least_squares import predict_s, regime_errors
 from qlm_env.profiles.load import ProfileKey
@@ -18,38 +18,57 @@ from qlm_env.spec import ConfigError, EngineSpec
 
 
 def fit_table(fits: Mapping[ProfileKey, Fit]) -> str:
-    """Markdown: held-out errors of every fit, by regime."""
-    return _table(
-        ["device", "architecture", "tp", "data", "steps", *(f"{regime}, mean (worst)" for regime in REGIMES)],
+    """Markdown: held-out errors of every fit by regime, and their means over the tables of each source."""
+    rows = [
         [
-            [
-                key.device,
-                key.architecture,
-                str(key.tp),
-                FITTED[key].table,
-                str(sum(error.rows for error in fit.errors.values())),
-                *(
-                    f"{fit.errors[regime].mean:.1%} ({fit.errors[regime].worst:.0%})" if regime in fit.errors else ""
-                    for regime in REGIMES
-                ),
-            ]
-            for key, fit in sorted(fits.items())
-        ],
-    )
+            key.device,
+            key.architecture,
+            str(key.tp),
+            FITTED[key].table,
+            f"{len(fit.table.latency_s):,}",
+            *(
+                f"{fit.fit.errors[regime].mean:.1%} ({fit.fit.errors[regime].worst:.0%})"
+                if regime in fit.fit.errors
+                else ""
+                for regime in REGIMES
+            ),
+        ]
+        for key, fit in sorted(fits.items())
+    ]
+    for source in (AEGAEON, AICONFIGURATOR, LAYERWISE):
+        errors = [fit.fit.errors for key, fit in fits.items() if FITTED[key].table == source]
+        means = [[error[regime].mean for error in errors if regime in error] for regime in REGIMES]
+        cells = [f"**{np.mean(values):.1%}**" if values else "" for values in means]
+        rows.append(["**mean**", f"{len(errors)} tables", "", source, "", *cells])
+    header = ["device", "architecture", "tp", "data", "steps", *(f"{regime}, mean (worst)" for regime in REGIMES)]
+    return _table(header, rows)
+
+
+RULE_CHECKS = (
+    ("A100", ("llama-2-7b", 1), ("llama-2-13b", 1), f"within {AEGAEON}"),
+    ("H800", ("llama-2-13b", 1), ("llama-2-7b", 1), f"within {AEGAEON}"),
+    ("H800", ("internlm2.5-7b", 1), ("yi-1.5-9b", 1), f"within {AEGAEON}"),
+    ("H100", ("llama-3.1-8b", 1), ("qwen3-8b", 1), f"within {AICONFIGURATOR}"),
+    ("H200", ("llama-3.1-8b", 1), ("qwen3-8b", 1), f"within {AICONFIGURATOR}"),
+    ("L40S", ("llama-3.1-8b", 1), ("qwen3-8b", 1), f"within {AICONFIGURATOR}"),
+    (
+        "A100",
+        ("llama-3.1-8b", 1),
+        ("llama-3.1-70b", 4),
+        f"within {AICONFIGURATOR}, which the A100's efficiencies come from",
+    ),
+    ("A100", ("llama-2-7b", 1), ("llama-3.1-8b", 1), f"from {AEGAEON} to {AICONFIGURATOR}"),
+)
+"""Device, fitted and target (architecture, tp), and what the two fits have in common."""
 
 
 def rule_table(fits: Mapping[ProfileKey, Fit]) -> str:
     """Markdown: the scaling rules applied where the answer is known, against the steps measured there."""
-    seven, thirteen = ProfileKey("A100", "llama-2-7b", 1), ProfileKey("A100", "llama-2-13b", 1)
-    eight, seventy = ProfileKey("A100", "llama-3.1-8b", 1), ProfileKey("A100", "llama-3.1-70b", 4)
     rows = []
-    for source, target, remark in (
-        (seven, thirteen, f"within {AEGAEON}"),
-        (eight, seventy, f"within {AICONFIGURATOR}, which the A100's efficiencies come from"),
-        (seven, eight, f"from {AEGAEON} to {AICONFIGURATOR}"),
-    ):
+    for device, fitted, wanted, remark in RULE_CHECKS:
+        source, target = ProfileKey(device, *fitted), ProfileKey(device, *wanted)
         scaled = scale_architecture(
-            fits[source].coefficients, ARCHITECTURES[source.architecture], ARCHITECTURES[target.architecture]
+            fits[source].fit.coefficients, ARCHITECTURES[source.architecture], ARCHITECTURES[target.architecture]
         )
         if target.tp != source.tp:
             scaled = scale_tp(scaled, target.tp, PARALLEL_EFFICIENCY[target.device, target.tp])
@@ -57,13 +76,14 @@ def rule_table(fits: Mapping[ProfileKey, Fit]) -> str:
         errors = regime_errors(table, predict_s(table, scaled))
         rows.append(
             [
+                device,
                 f"{source.architecture} tp={source.tp}",
                 f"{target.architecture} tp={target.tp}",
                 remark,
                 *(f"{errors[regime].mean:.0%}" if regime in errors else "" for regime in REGIMES),
             ]
         )
-    return _table(["from", "to", "data", *REGIMES], rows)
+    return _table(["device", "from", "to", "data", *REGIMES], rows)
 
 
 def rate_table(profiles: Mapping[ProfileKey, Profile], prompt_tokens: Lengths, output_tokens: Lengths) -> str:

@@ -11,6 +11,8 @@ import pandas as pd
 from qlm_env.spec import ConfigError
 
 DEVICE = "A100"
+HOST_LINK_BYTES_PER_S = 32e9
+"""The PCIe rating of the measured instances, one direction."""
 
 WEIGHT_BYTES = {
     "Qwen3-0.6B": 2 * 0.596e9,
@@ -43,6 +45,12 @@ class TransferTime(NamedTuple):
         """Time to move ``num_bytes``, counted over all ``tp`` GPUs."""
         return self.base_s + num_bytes / self.bandwidth_bytes_per_s(tp)
 
+    def faster(self, ratio: float) -> TransferTime:
+        """The same over links and host memory with ``ratio`` times the bandwidth."""
+        return self._replace(
+            link_bytes_per_s=ratio * self.link_bytes_per_s, host_bytes_per_s=ratio * self.host_bytes_per_s
+        )
+
 
 class ColdStartTime(NamedTuple):
     """``base + bytes / bandwidth`` from storage to a serving engine; the base is its process's start-up."""
@@ -61,6 +69,14 @@ class ResidencyTimes(NamedTuple):
     wake: TransferTime
     sleep: TransferTime
     cold_start: ColdStartTime
+
+
+A100_TIMES = ResidencyTimes(
+    wake=TransferTime(0.334882219, 23_927_254_238.0, 46_324_048_063.0, 0.164343809),
+    sleep=TransferTime(0.041126344, 22_292_085_117.0, 40_195_773_377.0, 0.005408061),
+    cold_start=ColdStartTime(43.123698516, 4_473_400_348.0, 0.149657134),
+)
+"""What :func:`fit_residency` gives, for profiles made where the measurements are not at hand."""
 
 
 def fit_residency(path: Path) -> ResidencyTimes:

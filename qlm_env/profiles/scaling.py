@@ -1,6 +1,6 @@
 """Step times of what was not measured, from a fitted neighbour.
 
-Each coefficient belongs to one resource, and scales with what it moves or computes there. c0 and c3 read
+Each coefficient belongs to one resource, and scales with what it moves or computes there. c0, c3 and c6 read
 memory: c0 the weights, c3 the KV cache. c1, c2 and c4 compute: c1 and c2 with every parameter per token, c4
 attention per pair of tokens. c5 is the engine's own work per sequence, and n0 a ratio of the device's
 rates; both stay.
@@ -46,6 +46,7 @@ def scale_architecture(
         c1_s_per_token=fitted.c1_s_per_token * parameters,
         c2_s_per_token=fitted.c2_s_per_token * parameters,
         c3_s_per_kv_token=fitted.c3_s_per_kv_token * target.kv_bytes_per_token / source.kv_bytes_per_token,
+        c6_s_per_mixed_kv_token=fitted.c6_s_per_mixed_kv_token * target.kv_bytes_per_token / source.kv_bytes_per_token,
         c4_s_per_token2=fitted.c4_s_per_token2 * target.attention_flops_per_token2 / source.attention_flops_per_token2,
     )
 
@@ -59,6 +60,7 @@ def scale_tp(fitted: StepTimeCoefficients, tp: int, efficiency: ParallelEfficien
         c1_s_per_token=fitted.c1_s_per_token / compute,
         c2_s_per_token=fitted.c2_s_per_token / compute,
         c3_s_per_kv_token=fitted.c3_s_per_kv_token / memory,
+        c6_s_per_mixed_kv_token=fitted.c6_s_per_mixed_kv_token / memory,
         c4_s_per_token2=fitted.c4_s_per_token2 / compute,
     )
 

@@ -24,6 +24,7 @@ class StepTimeCoefficients(NamedTuple):
     c3_s_per_kv_token: float
     c4_s_per_token2: float
     c5_s_per_sequence: float
+    c6_s_per_mixed_kv_token: float = 0.0
 
 
 class Quantity(Spec):
@@ -49,6 +50,7 @@ UNITS = {
     "c3_s_per_kv_token": "s/token",
     "c4_s_per_token2": "s/token^2",
     "c5_s_per_sequence": "s/sequence",
+    "c6_s_per_mixed_kv_token": "s/token",
     "weight_bytes": "B",
     "kv_bytes_per_token": "B/token",
     "num_gpu_blocks": "block",
@@ -59,7 +61,13 @@ UNITS = {
     "sleep_s": "s",
     "kv_swap_bytes_per_s": "B/s",
 }
-"""The unit of each number of a :class:`Profile`, as its file must state it."""
+"""The unit of each number that a :class:`Profile` must have, as its file must state it."""
+
+OPTIONAL_UNITS = {
+    "peak_power_w": "W",
+    "busy_power_w": "W",
+}
+"""Those of the numbers that a profile may leave out."""
 
 _POSITIVE = (
     "c0_s",
@@ -77,7 +85,7 @@ class Profile(Spec):
 
     One engine step takes
 
-    ``T = c0 + c1*min(n, n0) + c2*max(0, n - n0) + c3*sum(kv) + c4*sum(q*(k + q/2)) + c5*B``
+    ``T = c0 + c1*min(n, n0) + c2*max(0, n - n0) + c3*sum(kv) + c4*sum(q*(k + q/2)) + c5*B + c6*sum(kv)*[mixed]``
 
     with ``n`` new tokens in the step (prefill tokens + ``B``), ``B`` decoding sequences with ``kv`` tokens
     cached before the step each, and ``q`` new and ``k`` cached tokens of each prefill chunk.
@@ -94,6 +102,8 @@ class Profile(Spec):
     c3_s_per_kv_token: Quantity
     c4_s_per_token2: Quantity
     c5_s_per_sequence: Quantity
+    c6_s_per_mixed_kv_token: Quantity
+    """On top of c3 where the step holds a prefill chunk too: attention kernels are slower on such a batch."""
 
     weight_bytes: Quantity
     """All GPUs of the instance together, as are the other byte counts and rates."""
@@ -114,12 +124,20 @@ class Profile(Spec):
     kv_swap_bytes_per_s: Quantity
     """KV cache between GPU and host memory, one direction."""
 
-    @field_validator(*UNITS)
+    peak_power_w: Quantity | None = None
+    """The GPUs' limit."""
+    busy_power_w: Quantity | None = None
+    """Their mean while the engine serves."""
+
+    @field_validator(*UNITS, *OPTIONAL_UNITS)
     @classmethod
-    def _unit_and_range(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
+    def _unit_and_range(cls, quantity: Quantity | None, info: ValidationInfo) -> Quantity | None:
+        if quantity is None:
+            return None
         name = str(info.field_name)
-        if quantity.unit != UNITS[name]:
-            raise ValueError(f"unit must be {UNITS[name]!r}, not {quantity.unit!r}")
+        unit = (UNITS | OPTIONAL_UNITS)[name]
+        if quantity.unit != unit:
+            raise ValueError(f"unit must be {unit!r}, not {quantity.unit!r}")
         if name in _POSITIVE and quantity.value == 0:
             raise ValueError("value must be positive")
         if name in _WHOLE and not quantity.value.is_integer():
@@ -128,10 +146,15 @@ class Profile(Spec):
 
     @property
     def step_time(self) -> StepTimeCoefficients:
-        """The seven coefficients as plain floats."""
+        """The eight coefficients as plain floats."""
         values = self.values()
         return StepTimeCoefficients(*(values[name] for name in StepTimeCoefficients._fields))
 
+    def quantities(self) -> dict[str, Quantity]:
+        """Every number that the profile has, by its field name."""
+        found = {name: getattr(self, name) for name in UNITS | OPTIONAL_UNITS}
+        return {name: quantity for name, quantity in found.items() if quantity is not None}
+
     def values(self) -> dict[str, float]:
-        """Every number as a plain float by its field name, in the unit that :data:`UNITS` gives."""
-        return {name: getattr(self, name).value for name in UNITS}
+        """Every number that the profile has as a plain float by its field name, in the unit of its field."""
+        return {name: quantity.value for name, quantity in self.quantities().items()}

@@ -13,7 +13,7 @@ from qlm_env.requests import FINISHED, RequestTable, make_request_table
 
 CASES = 2000
 CHUNKS = 20
-COEFFICIENT_NAMES = ("c0", "c1", "n0", "c2", "c3", "c4", "c5")
+COEFFICIENT_NAMES = ("c0", "c1", "n0", "c2", "c3", "c4", "c5", "c6")
 
 
 def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
@@ -38,6 +38,7 @@ def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
         float(rng.choice([0.0, rng.uniform(0, 1e-6)])),
         float(rng.uniform(0, 1e-7)),
         float(rng.uniform(0, 1e-4)),
+        float(rng.choice([0.0, rng.uniform(0, 1e-6)])),
     )
     placement = np.zeros((1, 1), PLACEMENT_DTYPE).view(np.recarray)
     for name, value in zip(COEFFICIENT_NAMES, coefficients, strict=True):

@@ -23,6 +23,7 @@ VARIABLE_TIMES = (
     "c3_s_per_kv_token",
     "c4_s_per_token2",
     "c5_s_per_sequence",
+    "c6_s_per_mixed_kv_token",
 )
 
 WEIGHT_BYTES = ROUND_NUMBERS["weight_bytes"]

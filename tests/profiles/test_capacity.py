@@ -52,6 +52,7 @@ def test_a_rate_by_hand_where_kv_memory_binds() -> None:
         + batch * 199 * 399 * 1e-6
         + batch * 300**2 / 2 * 1e-8
         + batch * 199 * 1e-4
+        + batch * 199 * 399 * 2e-7 * batch / steps  # one prompt enters per step, in so many of them
     )
     assert saturated_rate_per_s(toy_profile(), EngineSpec(), 300, 200) == pytest.approx(batch / seconds)
 
@@ -60,6 +61,7 @@ def test_a_rate_by_hand_where_slots_bind() -> None:
     """Four requests; per 200 steps 4 * 499 = 1,996 tokens, 9.98 a step, below the break."""
     engine = EngineSpec(max_num_seqs=4)
     seconds = 200 * 0.01 + 1996 * 1e-5 + 4 * 199 * 399 * 1e-6 + 4 * 300**2 / 2 * 1e-8 + 4 * 199 * 1e-4
+    seconds += 4 * 199 * 399 * 2e-7 * 4 / 200
     assert saturated_rate_per_s(toy_profile(), engine, 300, 200) == pytest.approx(4 / seconds)
 
 
@@ -74,6 +76,7 @@ def test_a_rate_by_hand_where_the_token_budget_binds() -> None:
         + batch * 9 * 1004 * 1e-6
         + batch * 1000**2 / 2 * 1e-8
         + batch * 9 * 1e-4
+        + batch * 9 * 1004 * 2e-7 * batch / steps
     )
     engine = EngineSpec(max_num_batched_tokens=512)
     assert saturated_rate_per_s(toy_profile(), engine, 1000, 10) == pytest.approx(batch / seconds)
@@ -114,17 +117,28 @@ def rate_by_steps(profile: Profile, max_num_seqs: int, prompt: int, output: int,
             + c.c3_s_per_kv_token * kv_tokens
             + c.c4_s_per_token2 * attention
             + c.c5_s_per_sequence * decodes
+            + (c.c6_s_per_mixed_kv_token * kv_tokens if attention else 0.0)
         )
     return finished / seconds
 
 
 @pytest.mark.parametrize(("prompt", "output", "slots"), [(50, 100, 100), (100, 50, 10), (1, 20, 60), (30, 1, 8)])
 def test_the_rate_is_that_of_a_loop_over_steps(prompt: int, output: int, slots: int) -> None:
-    """Exact without a break in the token cost, since then only sums count."""
-    profile = toy_profile(c2_s_per_token=1e-5)
+    """Exact without a break in the token cost and a cost of mixing, since then only sums count."""
+    profile = toy_profile(c2_s_per_token=1e-5, c6_s_per_mixed_kv_token=0.0)
     expected = rate_by_steps(profile, slots, prompt, output, steps=5 * output)
     engine = EngineSpec(max_num_seqs=slots, max_num_batched_tokens=8192)
     assert saturated_rate_per_s(profile, engine, prompt, output) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("prompt", "output", "slots"), [(50, 100, 100), (100, 50, 10)])
+def test_decodes_beside_a_prefill_cost_more(prompt: int, output: int, slots: int) -> None:
+    profile = toy_profile(c2_s_per_token=1e-5, c6_s_per_mixed_kv_token=2e-6)
+    expected = rate_by_steps(profile, slots, prompt, output, steps=5 * output)
+    engine = EngineSpec(max_num_seqs=slots, max_num_batched_tokens=8192)
+    assert saturated_rate_per_s(profile, engine, prompt, output) == pytest.approx(expected, rel=0.02)
+    unmixed = toy_profile(c2_s_per_token=1e-5, c6_s_per_mixed_kv_token=0.0)
+    assert expected < 0.97 * saturated_rate_per_s(unmixed, engine, prompt, output)
 
 
 def test_what_does_not_fit_the_kv_cache_is_refused() -> None:
@@ -150,8 +164,12 @@ lengths_tokens = st.floats(1, 2000)
 def test_a_larger_batch_never_costs_more_per_request(
     profile: Profile, prompt: float, output: float, slots: int
 ) -> None:
+    """But for prompts that enter beside more decodes, which c6 charges for."""
+    unmixed = profile.model_copy(
+        update={"c6_s_per_mixed_kv_token": profile.c6_s_per_mixed_kv_token.model_copy(update={"value": 0.0})}
+    )
     smaller, larger = (
-        saturated_rate_per_s(profile, EngineSpec(max_num_seqs=n), prompt, output) for n in (slots, slots + 1)
+        saturated_rate_per_s(unmixed, EngineSpec(max_num_seqs=n), prompt, output) for n in (slots, slots + 1)
     )
     assert 0 < smaller <= larger * (1 + 1e-12)
 

@@ -8,28 +8,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES, Architecture, num_gpu_blocks
-from qlm_env.profiles.residency import WEIGHT_BYTES, TransferTime, fit_residency
+from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES, num_gpu_blocks
+from qlm_env.profiles.power import fit_busy_power
+from qlm_env.profiles.quantities import power, residency
+from qlm_env.profiles.residency import A100_TIMES, WEIGHT_BYTES, TransferTime, fit_residency
 from qlm_env.profiles.scaling import ParallelEfficiency, roofline, scale_architecture, scale_tp
 from qlm_env.profiles.schema import StepTimeCoefficients
 from qlm_env.spec import ConfigError
 
 SMALL, MIDDLE, LARGE, HUGE = WEIGHT_BYTES
-FITTED = StepTimeCoefficients(1.0, 2.0, 64.0, 3.0, 4.0, 5.0, 6.0)
+FITTED = StepTimeCoefficients(1.0, 2.0, 64.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 
 
-def test_published_configurations() -> None:
+BIASED_QKV = ("qwen-7b", "qwen-14b", "qwen1.5-14b", "qwen2.5-7b")
+
+
+def test_kv_bytes_of_published_configurations() -> None:
     kv_bytes = {name: architecture.kv_bytes_per_token for name, architecture in ARCHITECTURES.items()}
-    assert kv_bytes == {
-        "llama-2-7b": 524_288,
-        "llama-2-13b": 819_200,
-        "llama-3.1-8b": 131_072,
-        "qwen3-32b": 262_144,
-        "llama-3.1-70b": 327_680,
-    }
-    # Llama-2-7B by hand: embeddings and head, 32 layers of attention, gated MLP and two norms, a last norm.
-    layer = 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
-    assert ARCHITECTURES["llama-2-7b"].parameters == 2 * 32_000 * 4096 + 32 * layer + 4096
+    assert kv_bytes["llama-2-7b"] == 524_288
+    assert kv_bytes["llama-2-13b"] == kv_bytes["vicuna-13b"] == 819_200
+    assert kv_bytes["llama-3.1-8b"] == kv_bytes["mistral-7b"] == kv_bytes["internlm2.5-7b"] == 131_072
+    assert kv_bytes["llama-3.1-70b"] == 327_680
+    assert kv_bytes["qwen3-32b"] == 262_144
+    assert kv_bytes["qwen2.5-7b"] == 57_344
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_follow_from_the_dimensions(name: str) -> None:
+    """Embedding and head, per layer attention, gated MLP and two norms, a last norm; biases and QK norms."""
+    a = ARCHITECTURES[name]
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    layer = a.hidden_size * (2 * queries + 2 * keys + 3 * a.intermediate_size) + 2 * a.hidden_size
+    layer += queries + 2 * keys if name in BIASED_QKV else 0
+    layer += 2 * a.head_dim if name.startswith("qwen3") else 0
+    assert a.parameters == 2 * a.vocab_size * a.hidden_size + a.layers * layer + a.hidden_size
+
+
+def test_the_weights_of_linear_layers_are_nearly_all_of_the_model() -> None:
+    a = ARCHITECTURES["llama-3.1-8b"]
+    in_layers = a.layers * sum(count for name, count in a.linear_parameters.items() if name != "lm_head")
+    assert in_layers == 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 28_672 + 14_336 * 4096)
+    assert in_layers + 2 * a.linear_parameters["lm_head"] == pytest.approx(a.parameters, rel=1e-4)
 
 
 def test_kv_blocks_agree_with_what_vllm_reported() -> None:
@@ -70,6 +89,49 @@ def test_residency_lines_are_recovered(tmp_path: Path) -> None:
 def test_gpus_share_host_memory() -> None:
     wake = TransferTime(0.5, 20e9, 50e9, 0.0)
     assert [wake.seconds(100e9, tp) for tp in (1, 2, 4)] == pytest.approx([5.5, 3.0, 2.5])
+    assert [wake.faster(2.0).seconds(100e9, tp) for tp in (1, 2, 4)] == pytest.approx([3.0, 1.75, 1.5])
+
+
+POWER = """model,hardware,prompt_size,token_size,average_power,tensor_parallel
+llama2-70b,a100-80gb,512,128,0.7,2
+llama2-70b,a100-80gb,1024,128,0.5,2
+llama2-70b,a100-80gb,512,128,0.4,8
+llama2-70b,a100-80gb,512,256,0.0,8
+llama2-70b,a100-80gb,8192,128,0.2,2
+llama2-70b,h100-80gb,512,128,0.9,2
+bloom-176b,a100-80gb,512,128,0.9,2
+"""
+
+
+def test_busy_power_is_the_mean_of_the_readings_within_the_context(tmp_path: Path) -> None:
+    path = tmp_path / "power.csv"
+    path.write_text(POWER)
+    busy = fit_busy_power(path)
+    assert dict(busy.shares) == pytest.approx({2: 0.6, 8: 0.4})
+    assert [busy.share(tp)[1] for tp in (1, 2, 4, 5, 6, 16)] == [2, 2, 2, 2, 8, 8]
+    watts = power(DEVICES["A100"], 4, busy)
+    assert watts["peak_power_w"].value == 1600
+    assert watts["busy_power_w"].value == pytest.approx(4 * 0.6 * 400)
+    assert "at tp=2" in watts["busy_power_w"].source
+
+
+def test_a_power_table_without_readings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "power.csv"
+    path.write_text(POWER.replace("a100-80gb", "mi300"))
+    with pytest.raises(ConfigError, match="no power readings of llama2-70b on a100-80gb"):
+        fit_busy_power(path)
+
+
+def test_a_faster_link_shortens_transfers_and_is_said() -> None:
+    weight_bytes = ARCHITECTURES["llama-3.1-8b"].weight_bytes
+    slow = residency(DEVICES["L40S"], weight_bytes, 1, A100_TIMES)
+    fast = residency(DEVICES["H100"], weight_bytes, 1, A100_TIMES)
+    base_s = A100_TIMES.wake.base_s
+    assert slow["wake_s"].value - base_s == pytest.approx(2 * (fast["wake_s"].value - base_s), rel=1e-3)
+    assert fast["cold_start_s"].value == slow["cold_start_s"].value
+    assert fast["kv_swap_bytes_per_s"].value == 2 * slow["kv_swap_bytes_per_s"].value
+    assert "bandwidths x 2 for the PCIe 5.0 x16 link of H100" in fast["wake_s"].source
+    assert {quantity.kind for quantity in fast.values()} == {"estimated"}
 
 
 def test_a_table_without_the_rows_needed_is_refused(tmp_path: Path) -> None:
@@ -82,11 +144,11 @@ def test_a_table_without_the_rows_needed_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_coefficient_scales_with_its_own_resource() -> None:
-    source = Architecture("source", 100, layers=10, heads=8, kv_heads=8, head_dim=64, context_tokens=1)
-    target = Architecture("target", 300, layers=20, heads=16, kv_heads=2, head_dim=64, context_tokens=1)
-    assert scale_architecture(FITTED, source, target) == pytest.approx((3.0, 6.0, 64.0, 9.0, 2.0, 20.0, 6.0))
+    source = ARCHITECTURES["llama-2-7b"]._replace(parameters=100, layers=10, heads=8, kv_heads=8, head_dim=64)
+    target = ARCHITECTURES["llama-2-7b"]._replace(parameters=300, layers=20, heads=16, kv_heads=2, head_dim=64)
+    assert scale_architecture(FITTED, source, target) == pytest.approx((3.0, 6.0, 64.0, 9.0, 2.0, 20.0, 6.0, 3.5))
     assert scale_tp(FITTED, 2, ParallelEfficiency(0.5, 0.25, "")) == pytest.approx(
-        (1.0, 4.0, 64.0, 6.0, 4.0, 10.0, 6.0)
+        (1.0, 4.0, 64.0, 6.0, 4.0, 10.0, 6.0, 7.0)
     )
 
 

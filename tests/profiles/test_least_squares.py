@@ -16,7 +16,7 @@ from qlm_env.profiles.least_squares import (
 from qlm_env.profiles.schema import StepTimeCoefficients
 from qlm_env.profiles.step_tables import REGIMES, StepTable
 
-KNOWN = StepTimeCoefficients(0.012, 2e-5, 96.0, 7e-5, 4e-7, 3e-9, 1.3e-4)
+KNOWN = StepTimeCoefficients(0.012, 2e-5, 96.0, 7e-5, 4e-7, 3e-9, 1.3e-4, 6e-7)
 
 
 def grid() -> StepTable:
@@ -45,10 +45,12 @@ def test_the_formula_by_hand() -> None:
         latency_s=np.array([1.0]),
         regime=np.array([2]),
     )
-    expected_s = 1 + 64 * 0.1 + 36 * 0.2 + 1000 * 0.003 + 96 * 80 * 0.0004 + 4 * 0.05
-    coefficients = StepTimeCoefficients(1.0, 0.1, 64.0, 0.2, 0.003, 0.0004, 0.05)
+    expected_s = 1 + 64 * 0.1 + 36 * 0.2 + 1000 * 0.003 + 96 * 80 * 0.0004 + 4 * 0.05 + 1000 * 0.007
+    coefficients = StepTimeCoefficients(1.0, 0.1, 64.0, 0.2, 0.003, 0.0004, 0.05, 0.007)
     assert predict_s(table, coefficients) == pytest.approx([expected_s])
-    assert design_matrix(table, 64.0).tolist() == [[1, 64, 36, 1000, 7680, 4]]
+    assert design_matrix(table, 64.0).tolist() == [[1, 64, 36, 1000, 7680, 4, 1000]]
+    decode = table._replace(attention_tokens2=np.array([0.0]))
+    assert design_matrix(decode, 64.0).tolist() == [[1, 64, 36, 1000, 0, 4, 0]]
 
 
 def test_exact_steps_give_back_the_coefficients_that_made_them() -> None:
@@ -111,6 +113,13 @@ def test_errors_by_regime_by_hand() -> None:
     assert errors["prefill"] == pytest.approx((1, 0.1, 0.1))
     assert errors["decode"] == pytest.approx((2, 0.375, 0.5))
     assert REGIMES[2] == "mixed"
+
+
+def test_a_token_costs_no_less_beyond_the_break() -> None:
+    """Steps that start steep and flatten, as no step bound first by memory and then by compute does."""
+    cheap_later = KNOWN._replace(c1_s_per_token=2e-4, c2_s_per_token=5e-5)
+    fitted = fit_step_time(grid()._replace(latency_s=predict_s(grid(), cheap_later)))
+    assert fitted.c2_s_per_token >= fitted.c1_s_per_token
 
 
 @settings(max_examples=25, deadline=None)

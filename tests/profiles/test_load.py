@@ -25,7 +25,16 @@ def test_a_written_profile_reads_back_as_it_was(tmp_path: Path) -> None:
     write_profile(tmp_path, profile)
     assert load_profile("TOY", "toy-1b", 1, tmp_path) == profile
     assert profile.values() == ROUND_NUMBERS
-    assert tuple(profile.step_time) == (0.01, 1e-5, 64.0, 1e-4, 1e-6, 1e-8, 1e-4)
+    assert tuple(profile.step_time) == (0.01, 1e-5, 64.0, 1e-4, 1e-6, 1e-8, 1e-4, 2e-7)
+
+
+def test_power_may_be_left_out(tmp_path: Path) -> None:
+    profile = toy_profile(peak_power_w=400.0)
+    path = write_profile(tmp_path, profile)
+    assert "busy_power_w" not in path.read_text(encoding="utf-8")
+    assert load_profile("TOY", "toy-1b", 1, tmp_path) == profile
+    assert profile.values() == ROUND_NUMBERS | {"peak_power_w": 400.0}
+    assert profile.busy_power_w is None
 
 
 def test_own_profiles_add_to_the_shipped_ones_and_take_precedence(tmp_path: Path) -> None:
@@ -42,7 +51,9 @@ def test_no_profile_says_what_there_is() -> None:
         match=r"^no profile for llama-2-70b on A10 tp=1; A10 has: .*llama-2-7b tp=1, llama-2-7b tp=2",
     ):
         load_profile("A10", "llama-2-70b", 1)
-    with pytest.raises(ConfigError, match=r"no profile for llama-2-7b on B300 tp=1; devices with profiles: A10, A100$"):
+    with pytest.raises(
+        ConfigError, match=r"no profile for llama-2-7b on B300 tp=1; devices with profiles: A10, A100, .*RTXPRO6000$"
+    ):
         load_profile("B300", "llama-2-7b", 1)
 
 
@@ -82,13 +93,18 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
         (lambda v: v["wake_s"].update(kind="guessed"), "'wake_s.kind'.*'measured', 'fitted' or 'estimated'"),
         (lambda v: v["c0_s"].update(value=0.0), "'c0_s': value must be positive"),
         (lambda v: v["num_gpu_blocks"].update(value=1.5), "'num_gpu_blocks': value must be a whole number"),
+        (
+            lambda v: v["c3_s_per_kv_token"].update(value=-1e-9),
+            "'c3_s_per_kv_token.value': .*greater than or equal to 0",
+        ),
+        (lambda v: v["busy_power_w"].update(unit="kW"), "'busy_power_w': unit must be 'W', not 'kW'"),
         (lambda v: v.pop("c5_s_per_sequence"), "missing key 'c5_s_per_sequence'"),
         (lambda v: v.update(tp=0), "'tp'"),
         (lambda v: v.update(tp=2), "call for the file name toy_toy-1b_tp2.yaml"),
     ],
 )
 def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, change: Any, message: str) -> None:
-    path = write_profile(tmp_path, toy_profile())
+    path = write_profile(tmp_path, toy_profile(busy_power_w=300.0))
     rewrite(path, change)
     with pytest.raises(ConfigError, match=message) as error:
         load_profile("TOY", "toy-1b", 1, tmp_path)

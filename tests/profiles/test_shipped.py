@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qlm_env.profiles import Profile, list_profiles, load_profile
-from qlm_env.profiles.catalogue import ESTIMATED_FROM, FITTED, fit_step_times
-from qlm_env.profiles.fit import generate, main
+from qlm_env.profiles import Profile, ProfileKey, list_profiles, load_profile
+from qlm_env.profiles.catalogue import AEGAEON, AICONFIGURATOR, ESTIMATED_FROM, FITTED, LAYERWISE, Fit, fit_step_times
+from qlm_env.profiles.fit import main
 from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES
 from qlm_env.profiles.load import SHIPPED
+from qlm_env.profiles.power import A100_BUSY, fit_busy_power
 from qlm_env.profiles.report import insert_tables
+from qlm_env.profiles.residency import A100_TIMES, fit_residency
 from qlm_env.profiles.scaling import PARALLEL_EFFICIENCY
+from qlm_env.profiles.step_tables import REGIMES
 from qlm_env.spec import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,8 +29,11 @@ needs_data = pytest.mark.skipif(
     reason="the published measurements are not in ../shared/data",
 )
 
-generated = cache(generate)
-fits = cache(fit_step_times)
+
+@cache
+def fits() -> Mapping[ProfileKey, Fit]:
+    """Every fit, made once: it takes seconds."""
+    return fit_step_times(DATA / "profiles")
 
 
 @pytest.fixture(params=list_profiles(), ids=lambda key: key.file_name)
@@ -37,13 +45,31 @@ def test_every_profile_of_the_catalogue_is_shipped() -> None:
     assert set(list_profiles()) == set(FITTED) | set(ESTIMATED_FROM)
 
 
+BOOST = dict.fromkeys(DEVICES, 1.0) | {"RTX4090": 0.9}
+"""An RTX 4090's peak is that of a clock which the card exceeds when it is cool."""
+
+
+def test_every_device_and_size_is_covered() -> None:
+    sizes: dict[str, set[float]] = {}
+    for key in list_profiles():
+        sizes.setdefault(key.device, set()).add(ARCHITECTURES[key.architecture].parameters / 1e9)
+    assert set(sizes) == set(DEVICES)
+    for device, billions in sizes.items():
+        assert any(6 < size < 9.5 for size in billions), device
+        # A 13B model does not fit the 24 GB of an RTX 4090.
+        assert any(12 < size < 15 for size in billions) or device == "RTX4090", device
+    for size in (32.8, 70.6):
+        covered = {device for device, billions in sizes.items() if any(abs(b - size) < 0.5 for b in billions)}
+        assert covered == {"A100", "H100", "H200", "L40S", "RTXPRO6000"}
+
+
 def test_no_step_is_faster_than_the_device_can_be(profile: Profile) -> None:
     device, architecture = DEVICES[profile.device], ARCHITECTURES[profile.architecture]
     bandwidth, flops = (profile.tp * peak for peak in (device.bandwidth_bytes_per_s, device.fp16_flops_per_s))
     c = profile.step_time
     tolerance = 0.999  # four digits
-    assert c.c0_s >= architecture.weight_bytes / bandwidth
-    assert c.c2_s_per_token >= 2 * architecture.parameters / flops
+    assert c.c0_s >= tolerance * architecture.weight_bytes / bandwidth
+    assert c.c2_s_per_token >= BOOST[profile.device] * 2 * architecture.parameters_per_token / flops
     assert c.c3_s_per_kv_token >= tolerance * architecture.kv_bytes_per_token / bandwidth
     assert c.c4_s_per_token2 >= tolerance * architecture.attention_flops_per_token2 / flops
     assert c.c2_s_per_token >= c.c1_s_per_token
@@ -68,6 +94,9 @@ def test_kinds_say_how_a_number_came_about(profile: Profile) -> None:
     assert profile.c0_s.kind == ("fitted" if fitted else "estimated")
     assert (profile.c0_s.fit_error is not None) == fitted
     assert profile.num_gpu_blocks.kind == "estimated"
+    assert profile.busy_power_w is not None
+    assert profile.peak_power_w is not None
+    assert profile.busy_power_w.value < profile.peak_power_w.value == profile.tp * DEVICES[profile.device].board_power_w
     assert profile.wake_s.kind == ("fitted" if profile.device == "A100" and profile.tp in (1, 4) else "estimated")
 
 
@@ -84,33 +113,53 @@ def test_more_gpus_are_faster_but_not_more_than_in_proportion() -> None:
 
 
 @needs_data
-def test_regenerating_gives_exactly_the_shipped_files(tmp_path: Path) -> None:
-    assert main(["--data", str(DATA), "--out", str(tmp_path)]) == 0
-    written = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+def test_regenerating_gives_exactly_the_shipped_files_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlm_env.profiles.fit.fit_step_times", lambda _: fits())
+    document = (REPOSITORY / "docs" / "profiles.md").read_text(encoding="utf-8")
+    copy = tmp_path / "profiles.md"
+    copy.write_text(document, encoding="utf-8")
+    assert main(["--data", str(DATA), "--out", str(tmp_path / "out"), "--docs", str(copy)]) == 0
+    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()}
     shipped = {path.name: path.read_text(encoding="utf-8") for path in SHIPPED.glob("*.yaml")}
     assert written == shipped
+    assert copy.read_text(encoding="utf-8") == document
+
+
+MEAN_LIMITS = {
+    AEGAEON: {"prefill": 0.08, "decode": 0.04},
+    AICONFIGURATOR: {"prefill": 0.04, "decode": 0.04, "mixed": 0.04},
+    LAYERWISE: {"prefill": 0.06, "decode": 0.025, "mixed": 0.065},
+}
 
 
 @needs_data
-def test_the_documentation_shows_the_generated_tables() -> None:
-    document = (REPOSITORY / "docs" / "profiles.md").read_text(encoding="utf-8")
-    assert insert_tables(document, generated(DATA)[1]) == document
+@pytest.mark.parametrize("table", MEAN_LIMITS)
+def test_fits_predict_held_out_steps(table: str) -> None:
+    """The mean over a source's tables; docs/profiles.md tells each and why some are worse."""
+    chosen = [fit.fit.errors for key, fit in fits().items() if FITTED[key].table == table]
+    for regime, limit in MEAN_LIMITS[table].items():
+        errors = [error[regime].mean for error in chosen]
+        assert np.mean(errors) <= limit, regime
+        assert max(errors) <= 2.2 * limit, regime
+    assert all(set(errors) <= set(REGIMES) for errors in chosen)
 
 
 @needs_data
-def test_fits_predict_held_out_steps() -> None:
-    for key, fit in fits(DATA / "profiles").items():
-        limits = {"prefill": 0.04, "decode": 0.04, "mixed": 0.04}
-        if FITTED[key].table == "Aegaeon":
-            limits["prefill"] = 0.08
-        for regime, error in fit.errors.items():
-            assert error.mean <= limits[regime], (key, regime)
+def test_the_constants_are_what_the_measurements_give() -> None:
+    times = fit_residency(DATA / "profiles" / "vllm_sleep_mode.csv")
+    for constant, fitted in zip(A100_TIMES, times, strict=True):
+        assert constant == pytest.approx(fitted, rel=1e-6)
+    assert dict(A100_BUSY.shares) == pytest.approx(
+        dict(fit_busy_power(DATA / "profiles" / "splitwise_power.csv").shares), rel=1e-5
+    )
 
 
 @needs_data
 def test_the_a100_parallel_efficiency_is_that_of_the_fits() -> None:
-    by_key = {(key.architecture, key.tp): fit for key, fit in fits(DATA / "profiles").items() if key.device == "A100"}
-    small, large = by_key["llama-3.1-8b", 1].coefficients, by_key["llama-3.1-70b", 4].coefficients
+    by_key = {(key.architecture, key.tp): fit for key, fit in fits().items() if key.device == "A100"}
+    small, large = by_key["llama-3.1-8b", 1].fit.coefficients, by_key["llama-3.1-70b", 4].fit.coefficients
     ratio = ARCHITECTURES["llama-3.1-70b"].parameters / ARCHITECTURES["llama-3.1-8b"].parameters
     efficiency = PARALLEL_EFFICIENCY["A100", 4]
     assert small.c0_s * ratio / 4 / large.c0_s == pytest.approx(efficiency.memory, abs=0.01)

@@ -1,6 +1,7 @@
 """How long one engine step takes.
 
-``T = c0 + c1*min(n, n0) + c2*max(0, n - n0) + c3*sum(kv of decodes) + c4*sum(q*(k + q/2)) + c5*B``
+``T = c0 + c1*min(n, n0) + c2*max(0, n - n0) + c3*sum(kv of decodes) + c4*sum(q*(k + q/2)) + c5*B``,
+and ``c6*sum(kv of decodes)`` more if there is a prefill chunk,
 
 with ``n`` new tokens in the step, ``B`` decoding sequences, and for each prefill chunk ``q`` new and
 ``k`` cached tokens. All coefficients are non-negative, in seconds per unit; they come from
@@ -22,7 +23,7 @@ def step_time_s(placement: Any, new_tokens: float, decodes: float, kv_tokens: fl
     """Seconds of one step.
 
     Args:
-        placement: a record with the coefficients ``c0, c1, n0, c2, c3, c4, c5``.
+        placement: a record with the coefficients ``c0, c1, n0, c2, c3, c4, c5, c6``.
         new_tokens: all tokens computed in the step.
         decodes: sequences that decode one token.
         kv_tokens: their cached tokens before the step, summed.
@@ -30,11 +31,12 @@ def step_time_s(placement: Any, new_tokens: float, decodes: float, kv_tokens: fl
     """
     below = min(new_tokens, placement.n0)
     above = max(0.0, new_tokens - placement.n0)
+    kv_token_s = placement.c3 + placement.c6 if attention > 0.0 else placement.c3
     return (
         placement.c0
         + placement.c1 * below
         + placement.c2 * above
-        + placement.c3 * kv_tokens
+        + kv_token_s * kv_tokens
         + placement.c4 * attention
         + placement.c5 * decodes
     )

@@ -88,7 +88,7 @@ class StepEngine:
     """One engine: its settings, as vLLM names them, and its two queues."""
 
     coefficients: tuple[float, ...]
-    """c0, c1, n0, c2, c3, c4, c5 of the step time (:mod:`.latency`)."""
+    """c0, c1, n0, c2, c3, c4, c5, c6 of the step time (:mod:`.latency`)."""
     num_blocks: int
     """Usable KV blocks: one less than vLLM's ``num_gpu_blocks``."""
     max_num_seqs: int
@@ -269,12 +269,13 @@ class StepEngine:
 
     def step_time_s(self, chunks: list[Chunk]) -> float:
         """Seconds a step takes, by the formula of :mod:`.latency`, term by term."""
-        c0, c1, n0, c2, c3, c4, c5 = self.coefficients
+        c0, c1, n0, c2, c3, c4, c5, c6 = self.coefficients
+        mixed = any(not chunk.decode for chunk in chunks)
         new_tokens = sum(chunk.tokens for chunk in chunks)
         time_s = c0 + c1 * min(new_tokens, n0) + c2 * max(0, new_tokens - n0)
         for chunk in chunks:
             if chunk.decode:
-                time_s += c3 * chunk.cached + c5
+                time_s += c3 * chunk.cached + c5 + (c6 * chunk.cached if mixed else 0.0)
             else:
                 time_s += c4 * chunk.tokens * (chunk.cached + chunk.tokens / 2)
         batch = [r.factor for r in self.running if r.generated + r.in_flight < r.output]

@@ -42,6 +42,7 @@ PLACEMENT_DTYPE = np.dtype(
         ("c3", "f8"),
         ("c4", "f8"),
         ("c5", "f8"),
+        ("c6", "f8"),
         ("context_tokens", "i8"),  # longest prompt + output of the model
         ("num_blocks", "i8"),  # KV blocks requests can use; 0 where the model does not fit the instance
         ("weight_bytes", "f8"),  # all GPUs of the instance together
