@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+FIDELITY_CASES ?= 1200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint types clean
+.PHONY: help demo install test lint types vllm-env fidelity clean
 
 help:
 	@echo "make demo     compare three planners on a built-in workload (no torch needed)"
@@ -14,7 +17,9 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, formatting, import rules"
 	@echo "make types    mypy, strict"
-	@echo "make clean    remove $(VENV), caches and the demo's results"
+	@echo "make vllm-env a virtual environment in $(VLLM_VENV) with vLLM for CPUs beside the project"
+	@echo "make fidelity the emulator against vLLM's own scheduler, step by step, in $(FIDELITY_CASES) random cases"
+	@echo "make clean    remove $(VENV), $(VLLM_VENV), caches and the demo's results"
 
 $(VENV): $(VENV)/.core
 
@@ -48,7 +53,20 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy -p qlm_env -p planners -p runners
 
+# constraints-vllm.txt is complete. Its torch is the CPU build, which PyPI does not have: where pip does not find
+# it, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+$(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_PIP) install --quiet --no-deps -e .
+	@touch $@
+
+vllm-env: $(VLLM_VENV)/.done
+
+fidelity: $(VLLM_VENV)/.done
+	QLM_FIDELITY_CASES=$(FIDELITY_CASES) $(VLLM_VENV)/bin/python -m pytest -n 2 tests/fidelity
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info results/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info results/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 	    .import_linter_cache .coverage htmlcov
 	find qlm_env planners runners paper_figs configs tests -name __pycache__ -prune -exec rm -rf {} +

@@ -52,7 +52,7 @@ class _Dispatcher(CPUDispatcher):
         """The machine code for a signature: what was not compiled from this function was from its stand-in."""
         if self.when_absent is not None and sig not in self.overloads:
             return self.when_absent.get_overload(sig)
-        return super().get_overload(sig)  # type: ignore[no-untyped-call]
+        return super().get_overload(sig)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners import config
+from runners import config, live_config, profile_config, validate_config
 
 BENCHMARKS = {
     "emulator": ("runners.bench_emulator", config.parse_bench_emulator),
@@ -52,6 +52,48 @@ def _export(options: config.WorkloadConfig) -> None:
     from runners.workload_commands import export_workload
 
     export_workload(options)
+
+
+def _list_profiles(options: profile_config.ListOptions) -> None:
+    from runners.profile_commands import list_all
+
+    list_all(options)
+
+
+def _show_profile(options: profile_config.ShowOptions) -> None:
+    from runners.profile_commands import show
+
+    show(options)
+
+
+def _fit_profile(options: profile_config.FitOptions) -> None:
+    from runners.profile_commands import fit
+
+    fit(options)
+
+
+def _measure_profile(options: live_config.MeasureOptions) -> None:
+    from runners.profile_measure import measure
+
+    measure(options)
+
+
+def _record_run(options: live_config.RecordConfig) -> None:
+    from runners.profile_record import record
+
+    record(options)
+
+
+def _validate(options: validate_config.ValidateConfig) -> None:
+    from runners.profile_validate import validate
+
+    validate(options)
+
+
+def _serve_vllm(options: live_config.ServeOptions) -> None:
+    from runners.vllm_serve import serve
+
+    serve(options)
 
 
 def _bench(name: str, options: config.BenchOptions) -> None:
@@ -113,6 +155,70 @@ COMMANDS = {
         parse=config.parse_workload_export,
         run=_export,
         examples=("qlm workload export workload=w_b cluster=small_multi out=w_b.parquet",),
+    ),
+    "profile list": Command(
+        summary="the latency profiles there are, and how well each fits",
+        config_name="profile_list",
+        parse=profile_config.parse_list,
+        run=_list_profiles,
+        examples=("qlm profile list", "qlm profile list device=A100 tp=1"),
+    ),
+    "profile show": Command(
+        summary="every number of one latency profile, with its source",
+        config_name="profile_show",
+        parse=profile_config.parse_show,
+        run=_show_profile,
+        examples=("qlm profile show device=A100 architecture=llama-3.1-8b",),
+    ),
+    "profile fit": Command(
+        summary="a latency profile fitted to a table of measured steps",
+        config_name="profile_fit",
+        parse=profile_config.parse_fit,
+        run=_fit_profile,
+        examples=(
+            "qlm profile fit table=steps.csv device=A100 architecture=llama-3.1-8b out=results/fitted",
+            "qlm profile fit table=steps.csv device=MYGPU architecture=qwen3-8b like=a100_qwen3-8b_tp1.yaml "
+            "num_gpu_blocks=20000",
+        ),
+    ),
+    "profile measure": Command(
+        summary="the latency profile of a running vLLM server, measured over HTTP",
+        config_name="profile_measure",
+        parse=live_config.parse_measure,
+        run=_measure_profile,
+        examples=(
+            "qlm profile measure url=http://127.0.0.1:8000 device=A100 architecture=llama-3.1-8b out=results/measured",
+            "qlm profile measure device=CPU architecture=tiny like=mine.yaml repeats=5 out=results/measured",
+        ),
+    ),
+    "profile record": Command(
+        summary="one workload on a running vLLM server, recorded for comparison with the emulator",
+        config_name="profile_record",
+        parse=live_config.parse_record,
+        run=_record_run,
+        examples=(
+            "qlm profile record url=http://127.0.0.1:8000 workload.num_requests=100 "
+            "~workload.arrivals.load workload.arrivals.rate_per_s=1 out=results/recorded",
+            "qlm profile record profile=results/measured/cpu_tiny_tp1.yaml workload.arrivals.load=1.0 "
+            "out=results/recorded",
+        ),
+    ),
+    "profile validate": Command(
+        summary="a recorded run of a real vLLM server against the emulator",
+        config_name="profile_validate",
+        parse=validate_config.parse_validate,
+        run=_validate,
+        examples=(
+            "qlm profile validate run=vllm_runs/RTX4090/Llama-3.1-8B device=RTX4090 architecture=llama-3.1-8b",
+            "qlm profile validate run=results/recorded profile=results/measured/cpu_tiny_tp1.yaml",
+        ),
+    ),
+    "vllm serve": Command(
+        summary="one vLLM server on this machine, of a small random-weight model or your own",
+        config_name="vllm_serve",
+        parse=live_config.parse_serve,
+        run=_serve_vllm,
+        examples=("qlm vllm serve port=8000", "qlm vllm serve model_folder=my-model name=mine max_num_seqs=64"),
     ),
     **{
         f"bench {name}": Command(

@@ -19,7 +19,7 @@ from qlm_env.spec import ScenarioSpec
 from runners import files, results
 from runners.episode import EpisodeResult
 from runners.errors import CommandInterrupted
-from runners.progress import EpisodeProgress
+from runners.progress import CountedProgress
 from runners.results import EpisodeKey
 from runners.workers import TaskFailure, run_tasks
 
@@ -82,7 +82,7 @@ def run_episodes(tasks: Sequence[EpisodeTask], out: Path, jobs: int) -> tuple[li
     failures: list[str] = []
     try:
         with (
-            EpisodeProgress(len(tasks), len(rows)) as progress,
+            CountedProgress("episodes", len(tasks), len(rows)) as progress,
             contextlib.closing(run_tasks(run_task, missing, jobs)) as outcomes,
         ):
             for task, outcome in outcomes:

@@ -25,6 +25,51 @@ SETTINGS = {
     "loads": "arrival rates, as shares of the instance's capacity",
     "memory": "also serve 10 million requests in a process of its own and tell its peak memory",
     "duration_s": "wall-clock seconds of each measurement",
+    "url": "where the vLLM server is",
+    "model": "the model's name on the server, or in the table; null takes the only one there",
+    "api_key_env": "the environment variable that holds the server's API key",
+    "profiles": "a folder of your own profiles, beside the shipped ones",
+    "table": "a CSV file of measured steps, or a folder of vLLM layer times",
+    "system": "the device's name in the table, where it differs",
+    "backend": "the engine's name in the table; null takes the only one there",
+    "weight_bytes": "of all GPUs of the instance; null is that of the architecture",
+    "kv_bytes_per_token": "KV cache of one token; null is that of the architecture",
+    "context_tokens": "longest context; null is that of the architecture",
+    "cold_start_s": "storage to a serving engine; null is estimated for the device, or that of like",
+    "stage_s": "storage to host memory; null as cold_start_s",
+    "wake_s": "host memory to GPU; null as cold_start_s",
+    "sleep_s": "GPU to host memory; null as cold_start_s",
+    "kv_swap_bytes_per_s": "KV cache between GPU and host memory; null as cold_start_s",
+    "device": "the device's name, such as A100",
+    "architecture": "the architecture's name, such as llama-3.1-8b",
+    "tp": "GPUs of one instance",
+    "repeats": "times everything is measured; medians count",
+    "prefill_tokens": "prompt lengths to measure, such as [64,512]; null is a grid up to the server's limits",
+    "prefixes": "cached tokens before a prompt to measure; null is one where the server caches prefixes",
+    "decode_seqs": "batch sizes to measure; null is a grid up to the server's limits",
+    "context_lens": "tokens before a decode step to measure; null is a grid up to the server's limits",
+    "max_num_seqs": "the engine's limit of running requests",
+    "max_num_batched_tokens": "the engine's token budget per step",
+    "like": "a profile file that gives the numbers that are not measured",
+    "max_error": "the largest mean error of a fit, per regime",
+    "force": "write the profile even if the fit is worse",
+    "profile": "a profile file of the server; record needs it for a rate given as workload.arrivals.load",
+    "run": "the folder of a recorded run: requests.jsonl, meta.json, timeseries.csv",
+    "layer_times": "a folder of measured layer times: replay with step times interpolated in it, too",
+    "targets_s": "targets in seconds for requests that were recorded without an SLO class",
+    "tick_s": "seconds between two looks at the server's metrics",
+    "model_folder": "a model of your own; null makes a small one with random weights",
+    "name": "the name the model is served as",
+    "port": "port of the loopback address",
+    "python": "the interpreter of the environment that has vLLM",
+    "max_model_len": "longest prompt + output in tokens",
+    "num_gpu_blocks": "KV blocks; null is what the memory holds",
+    "kv_cache_gib": "memory for the KV cache of a CPU engine, in GiB",
+    "dtype": "number format of weights and KV cache",
+    "scheduling_policy": "fcfs or priority",
+    "cpus": "cores a CPU engine computes on, such as [0]; null is all but one",
+    "arguments": "further arguments of the server, such as [--no-enable-prefix-caching]",
+    "start_timeout_s": "seconds until a server that is not ready is given up",
     "timeline": "write a Chrome trace of every episode to out/timelines",
 }
 
@@ -69,9 +114,10 @@ def command_help(name: str, command: Command, config_dir: Path | None = None) ->
             lines.append(f"  {group:12} {GROUPS[group]}")
             lines.append(f"  {'':12}   {', '.join(group_options(group, config_dir))}")
     lines += ["", "settings:"]
+    width = max(12, *map(len, schema.settings))
     for key, default in schema.settings.items():
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        lines.append(f"  {key:12} {SETTINGS[key]} (default: {shown})")
+        lines.append(f"  {key:{width}} {SETTINGS[key]} (default: {shown})")
     options = [*OPTIONS, *([MULTIRUN_OPTION] if command.merge else [])]
     lines += ["", "options:", *(f"  {flag:18} {text}" for flag, text in options)]
     lines += ["", "examples:", *(f"  {example}" for example in command.examples)]

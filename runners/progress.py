@@ -17,10 +17,10 @@ from rich.progress import (
 )
 
 
-class EpisodeProgress:
-    """Counts finished episodes; a context manager."""
+class CountedProgress:
+    """Counts finished parts of a run, ``what`` in the plural; a context manager."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._total = total
         self._done = self._resumed = done
         self._start_s = time.monotonic()
@@ -35,9 +35,9 @@ class EpisodeProgress:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("episodes", total=total, completed=done)
+            self._task = self._bar.add_task(what, total=total, completed=done)
 
-    def __enter__(self) -> EpisodeProgress:
+    def __enter__(self) -> CountedProgress:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -49,7 +49,7 @@ class EpisodeProgress:
             self._bar.stop()
 
     def advance(self, message: str) -> None:
-        """One more episode is over; ``message`` says which, and how it went."""
+        """One more part is over; ``message`` says which, and how it went."""
         self._done += 1
         if self._bar is not None:
             self._bar.console.print(message, highlight=False, markup=False)

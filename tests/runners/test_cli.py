@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 MISTAKES = [
     # commands and flags
-    (["nope"], "unknown command 'nope'; allowed: bench, compare, evaluate, workload"),
+    (["nope"], "unknown command 'nope'; allowed: bench, compare, evaluate, profile, vllm, workload"),
     (["comapre", "seeds=1"], "(did you mean 'compare'?)"),
     (["workload"], "qlm workload needs one of: describe, export"),
     (["workload", "nope"], "unknown command 'qlm workload nope'; allowed: describe, export"),

@@ -224,7 +224,7 @@ def test_ctrl_c_keeps_what_has_finished(configure: Configure, monkeypatch: pytes
         raise KeyboardInterrupt
 
     config = configure("planner=[fcfs,edf]", "seeds=2")
-    monkeypatch.setattr("runners.episodes.EpisodeProgress.advance", interrupt)
+    monkeypatch.setattr("runners.episodes.CountedProgress.advance", interrupt)
     with pytest.raises(CommandInterrupted, match=r"interrupted; 1 of 4 episodes are kept in .*same command again"):
         run(config)
     monkeypatch.undo()

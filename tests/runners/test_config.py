@@ -24,6 +24,7 @@ PLACES = {
     "w_b": "small_multi",
     "w_c": "small",
     "azure_like": "small",
+    "live": "small",
     "smoke": "smoke",
 }
 TRACES = ("azure_conv", "mooncake", "burstgpt")

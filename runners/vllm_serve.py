@@ -1,0 +1,80 @@
+"""`qlm vllm serve`: one vLLM server on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from qlm_env.backends.vllm.models import LlamaShape, write_random_llama
+from qlm_env.backends.vllm.server import ServerCommand, VllmServer
+from qlm_env.spec import ConfigError
+from runners.errors import CommandFailed
+from runners.live_config import ServeOptions
+
+_WATCH_INTERVAL_S = 1.0
+
+
+def serve(options: ServeOptions) -> None:
+    """Start the server, tell when it is ready, and stop it on Ctrl-C.
+
+    Raises:
+        ConfigError: it cannot be started as configured.
+        CommandFailed: it ended by itself.
+    """
+    asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> None:
+    out = Path(options.out)
+    print(f"starting vLLM, which takes about a minute; its log is {out / 'server.log'}", flush=True)
+    async with VllmServer(server_command(options), out / "server.log", options.start_timeout_s) as server:
+        print(f"{options.name} is served at {server.url}; Ctrl-C stops it", flush=True)
+        while server.exit_status is None:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        raise CommandFailed(f"the server ended with status {server.exit_status}: {server.last_log_lines()}")
+
+
+def server_command(options: ServeOptions) -> ServerCommand:
+    """The server process that ``options`` ask for; without a model of their own, a small one is written to ``out``.
+
+    Raises:
+        ConfigError: the model folder does not exist.
+    """
+    dummy: tuple[str, ...] = ()
+    if options.model_folder is None:
+        model = Path(options.out) / "model"
+        write_random_llama(model, LlamaShape(context_tokens=max(LlamaShape().context_tokens, options.max_model_len)))
+        dummy = ("--load-format", "dummy")
+    else:
+        model = Path(options.model_folder)
+        if not model.is_dir():
+            raise ConfigError(f"'model_folder': no folder {model}")
+    settings = {
+        "max-model-len": options.max_model_len,
+        "max-num-seqs": options.max_num_seqs,
+        "max-num-batched-tokens": options.max_num_batched_tokens,
+        "num-gpu-blocks-override": options.num_gpu_blocks,
+        "dtype": options.dtype,
+        "scheduling-policy": options.scheduling_policy,
+    }
+    environment = {
+        # The configuration that measuring and recording ask the server for.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": None if options.cpus is None else ",".join(map(str, options.cpus)),
+    }
+    return ServerCommand(
+        python=Path(options.python),
+        model=model,
+        served_name=options.name,
+        port=options.port,
+        arguments=(
+            *dummy,
+            *(word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))),
+            *("--enforce-eager", "--enable-prompt-tokens-details", "--enable-per-request-metrics"),
+            *options.arguments,
+        ),
+        environment=tuple((name, value) for name, value in environment.items() if value is not None),
+    )
