@@ -8,7 +8,16 @@ from typing import NamedTuple
 import numpy as np
 
 from qlm_env.backends.emulator.residency import fits, place_initially
-from qlm_env.backends.emulator.state import FCFS, GPU, HOST, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet
+from qlm_env.backends.emulator.state import (
+    FCFS,
+    GPU,
+    HOST,
+    PLACEMENT_DTYPE,
+    PRIORITY,
+    Fleet,
+    make_fleet,
+    size_prefix_cache,
+)
 from qlm_env.dynamics import (
     CLOCK_DTYPE,
     E2E,
@@ -19,6 +28,7 @@ from qlm_env.dynamics import (
     World,
     find_unservable,
 )
+from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
 from qlm_env.profiles import fitting_profile, usable_kv_blocks
 from qlm_env.queueing.groups import make_queues
 from qlm_env.requests import Int, Records, RequestTable, reset_state
@@ -137,15 +147,22 @@ def make_failures(failures: tuple[FailureSpec, ...]) -> Records:
 
 
 def make_world(
-    scenario: ScenarioSpec, requests: RequestTable, *, logging: bool, profile_folder: Path | None = None
+    scenario: ScenarioSpec,
+    requests: RequestTable,
+    *,
+    logging: bool,
+    prefixes: PromptPrefixes = NO_PREFIXES,
+    profile_folder: Path | None = None,
 ) -> World:
     """A fresh episode of ``scenario`` on ``requests``, whose state is reset.
 
     Args:
         logging: keep the event log that timelines are drawn from.
+        prefixes: which prompts begin alike, for engines with prefix caching.
     """
     reset_state(requests)
     fleet = make_cluster(scenario.cluster, scenario.workload.models, profile_folder)
+    fleet = size_prefix_cache(fleet, requests, prefixes)
     classes = scenario.slo.classes
     weights = np.array([c.weight for c in classes])
     counts = np.bincount(requests["slo_class"], minlength=len(classes))

@@ -24,6 +24,7 @@ from qlm_env.errors import InvalidActionError
 from qlm_env.lso import VERB_NAMES, ActionCodec, Advance, Lso, apply_lso
 from qlm_env.metrics import episode_metrics
 from qlm_env.observation import Float32, Panel, make_panel, observation_space
+from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
 from qlm_env.presets import make_scenario
 from qlm_env.render import draw_frame, draw_text
 from qlm_env.requests import RequestTable, workload_hash
@@ -109,11 +110,13 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         """
         super().reset(seed=seed)
         workload_seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        return self.start(self._episodes.requests(workload_seed))
+        return self.start(self._episodes.requests(workload_seed), self._episodes.prefixes)
 
-    def start(self, requests: RequestTable) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode on a given request table, whose state is reset."""
-        world = make_world(self.scenario, requests, logging=self._keep_timeline)
+    def start(
+        self, requests: RequestTable, prefixes: PromptPrefixes = NO_PREFIXES
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode on a given request table, whose state is reset, and the prefixes its prompts share."""
+        world = make_world(self.scenario, requests, logging=self._keep_timeline, prefixes=prefixes)
         self._world = world
         self._clock = world.clock.view(CLOCK_DTYPE, np.ndarray)[0]
         self._panel: Panel = make_panel(self._observations, len(requests), self.codec.num_actions)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from qlm_env.prefixes import NO_PREFIXES
 from qlm_env.profiles import ModelLoad, check_placement, cluster_capacity_per_s, list_profiles
 from qlm_env.requests import RequestTable
 from qlm_env.spec import ClusterSpec, ConfigError, ScenarioSpec, SyntheticWorkload, TraceWorkload
-from qlm_env.workload import build_requests, expected_lengths, load_trace, resolve_load
+from qlm_env.workload import build_requests, expected_lengths, load_prefixes, load_trace, resolve_load
 
 
 def capacity_per_s(cluster: ClusterSpec, workload: SyntheticWorkload | TraceWorkload) -> float:
@@ -48,6 +49,9 @@ class Episodes:
         self._trace = load_trace(workload) if isinstance(workload, TraceWorkload) else None
         if isinstance(workload, SyntheticWorkload):
             workload = resolve_load(workload, capacity_per_s(scenario.cluster, workload))
+        caching = scenario.cluster.engine.enable_prefix_caching and isinstance(workload, TraceWorkload)
+        self.prefixes = load_prefixes(workload) if caching else NO_PREFIXES
+        """Which prompts begin alike, where the engines have a prefix cache and the trace tells."""
         self.scenario = scenario.model_copy(update={"workload": workload})
         """The scenario with its arrival rate in requests per second."""
 

@@ -115,9 +115,14 @@ def _split(arguments: list[str]) -> _Arguments:
                 raise ConfigError("--config-dir: name a folder")
             config_dir = Path(folder)
         elif argument.startswith("-"):
-            if argument not in FLAGS:
-                raise ConfigError(f"unknown option '{argument}'; allowed: {', '.join(FLAGS)}")
-            flags.add(argument)
+            if argument in FLAGS:
+                flags.add(argument)
+                continue
+            # `--key value` and `--key=value` are `key=value` to those whom other tools have taught so.
+            given = value if equals else next(rest, "")
+            if not flag.startswith("--") or not given or given.startswith("-"):
+                raise ConfigError(f"unknown option '{argument}'; allowed: {', '.join(FLAGS)}, or key=value")
+            overrides.append(f"{flag.removeprefix('--').replace('-', '_')}={given}")
         elif equals or overrides or argument.startswith(("~", "+")):
             overrides.append(argument)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlm_env.backends.emulator.prefix_cache import NO_BLOCK, NO_KEY
 from qlm_env.backends.emulator.state import GPU, HOST, NO_FINISH, PRIORITY, STORAGE
 from qlm_env.dynamics import TTFT, World
 from qlm_env.requests import (
@@ -73,6 +74,7 @@ class Invariants:
         self.generated = [r.generated_tokens for r in self.requests]
         for i in range(len(self.engines)):
             self._check_batch(i)
+            self._check_blocks(i)
             self._check_engine_queue(i)
             self._check_residency(i)
         self._check_groups()
@@ -150,6 +152,46 @@ class Invariants:
             assert slots
             assert engine.next_event_s >= self.clock.now_s
             assert engine.start_s <= self.clock.now_s
+
+    def _check_blocks(self, i: int) -> None:
+        """Every block of the prefix cache is free or held, and what can be found is what the blocks hold."""
+        cache, engine = self.world.fleet.prefix_cache, self.engines[i]
+        if cache is None or engine.active_model == NOWHERE:
+            return
+        blocks = _rows(cache.block[i])
+        num_blocks = self._placement[i][engine.active_model].num_blocks
+        free = []
+        block = blocks[cache.num_blocks].next_free
+        while block != cache.num_blocks:
+            assert len(free) < num_blocks
+            assert blocks[blocks[block].next_free].previous_free == block
+            assert blocks[block].users == 0
+            free.append(block)
+            block = blocks[block].next_free
+        users = [0] * num_blocks
+        for slot in self.slots[i]:
+            prefilling = slot.finish_tick == NO_FINISH
+            computed = slot.kv_offset + (0 if prefilling else engine.tick)
+            in_step = slot.chunk if prefilling or engine.preempted else 1
+            count = -(-(computed + (in_step if engine.steps else 0)) // self.world.fleet.block_size)
+            held = cache.held[i, slot.row, :count].tolist()
+            assert len(set(held)) == count
+            assert slot.cached_blocks <= count
+            for block in held:
+                users[block] += 1
+        assert [blocks[block].users for block in range(num_blocks)] == users
+        assert sorted(free) == [block for block in range(num_blocks) if users[block] == 0]
+        assert len(free) == engine.free_blocks
+        findable = []
+        for entry in blocks:
+            block = entry.found
+            keys = set()
+            while block != NO_BLOCK:
+                findable.append(block)
+                keys.add(blocks[block].key)
+                block = blocks[block].next_same
+            assert len(keys) <= 1
+        assert sorted(findable) == [b for b in range(cache.num_blocks) if blocks[b].key != NO_KEY]
 
     def _check_engine_queue(self, i: int) -> None:
         engine = self.engines[i]
@@ -315,6 +357,7 @@ class Invariants:
         recomputed = [request.recomputed_tokens for request in self.requests]
         for r, before in enumerate(past.generated):
             assert self.generated[r] >= before, f"request {r} lost generated tokens"
-            assert recomputed[r] >= past.recomputed[r]
+            # What a prefix cache still holds of what was lost is not computed again.
+            assert recomputed[r] >= (0 if self.world.fleet.prefix_caching else past.recomputed[r])
             assert past.settled[r] in (UNSETTLED, settled[r]), f"request {r} settled twice"
         self.past = Past(self.clock.now_s, self.generated, settled, recomputed)

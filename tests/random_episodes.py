@@ -51,6 +51,8 @@ def random_env(rng: np.random.Generator) -> QLMEnv:
                 # One block is vLLM's own.
                 "num_gpu_blocks": 1 + CONTEXT_TOKENS // block_size + int(rng.choice([0, 3, 12, 200])),
                 "enable_chunked_prefill": bool(rng.random() < 0.8),
+                "enable_prefix_caching": bool(rng.random() < 0.3),
+                "async_scheduling": bool(rng.random() < 0.4),
                 "scheduling_policy": str(rng.choice(["fcfs", "priority"])),
             },
         },

@@ -5,6 +5,7 @@ from qlm_env.workload.build import build_requests, resolve_load
 from qlm_env.workload.describe import LengthSummary, WorkloadDescription, describe, to_parquet
 from qlm_env.workload.expected import ExpectedLengths, expected_lengths
 from qlm_env.workload.lengths import sample_lengths
+from qlm_env.workload.trace_prefixes import load_prefixes
 from qlm_env.workload.trace_rows import Trace, TraceError
 from qlm_env.workload.traces import load_trace, read_trace, slice_trace
 
@@ -17,6 +18,7 @@ __all__ = [
     "build_requests",
     "describe",
     "expected_lengths",
+    "load_prefixes",
     "load_trace",
     "read_trace",
     "resolve_load",

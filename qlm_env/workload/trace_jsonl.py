@@ -1,6 +1,6 @@
 """Traces published as JSON lines: Mooncake, with ``timestamp`` in milliseconds.
 
-``hash_ids`` (the prefix cache blocks of a prompt) and other keys are ignored.
+Other keys are ignored here; ``hash_ids``, the prefix cache blocks of a prompt, are read by :mod:`.trace_prefixes`.
 """
 
 from __future__ import annotations

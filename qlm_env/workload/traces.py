@@ -39,15 +39,11 @@ def read_trace(path: str | Path, trace_format: TraceFormat) -> Trace:
     return trace
 
 
-def slice_trace(trace: Trace, workload: TraceWorkload) -> Trace:
-    """The part of ``trace`` that ``workload`` replays: slice, time scale, number of requests.
-
-    Keeps arrivals in ``[start_s, start_s + duration_s)``, makes ``start_s`` the new time 0, multiplies
-    times by ``time_scale`` and keeps the first ``max_requests``. Lengths stay as they are. ``num_failed``
-    still counts the whole file.
+def selected_rows(trace: Trace, workload: TraceWorkload) -> slice:
+    """The rows of ``trace`` that ``workload`` replays: ``[start_s, start_s + duration_s)``, at most ``max_requests``.
 
     Raises:
-        ConfigError: no request is left.
+        ConfigError: there are none.
     """
     end_s = np.inf if workload.duration_s is None else workload.start_s + workload.duration_s
     first, last = (int(np.searchsorted(trace.arrival_s, edge)) for edge in (workload.start_s, end_s))
@@ -59,10 +55,24 @@ def slice_trace(trace: Trace, workload: TraceWorkload) -> Trace:
         )
     if workload.max_requests is not None:
         last = min(last, first + workload.max_requests)
+    return slice(first, last)
+
+
+def slice_trace(trace: Trace, workload: TraceWorkload) -> Trace:
+    """The part of ``trace`` that ``workload`` replays: slice, time scale, number of requests.
+
+    Keeps arrivals in ``[start_s, start_s + duration_s)``, makes ``start_s`` the new time 0, multiplies
+    times by ``time_scale`` and keeps the first ``max_requests``. Lengths stay as they are. ``num_failed``
+    still counts the whole file.
+
+    Raises:
+        ConfigError: no request is left.
+    """
+    rows = selected_rows(trace, workload)
     return trace._replace(
-        arrival_s=(trace.arrival_s[first:last] - workload.start_s) * workload.time_scale,
-        prompt_tokens=trace.prompt_tokens[first:last].copy(),
-        output_tokens=trace.output_tokens[first:last].copy(),
+        arrival_s=(trace.arrival_s[rows] - workload.start_s) * workload.time_scale,
+        prompt_tokens=trace.prompt_tokens[rows].copy(),
+        output_tokens=trace.output_tokens[rows].copy(),
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlm_env.backends.emulator.prefix_cache import PromptPrefixes
 from qlm_env.backends.emulator.reference import StepEngine, StepRequest, serve_by_steps
 from qlm_env.backends.emulator.serve import serve
 from qlm_env.backends.emulator.state import FCFS, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet, size_prefix_cache
+from qlm_env.prefixes import PromptPrefixes
 from qlm_env.requests import FINISHED, RequestTable, make_request_table
 
 CASES = 2000

@@ -6,8 +6,9 @@ blocks that hold the beginning of its input. Free blocks are handed out from the
 without known content are put back at the front, others at the end, last block of a request first, so that the least
 recently used content goes first and a prefix outlives what follows it.
 
-Content is a number, its *key*. Prompts that begin alike share the keys of their first blocks (:class:`PromptPrefixes`);
-every other block is its request's own and can only be found by the same request after a preemption or eviction.
+Content is a number, its *key*. Prompts that begin alike share the keys of their first blocks
+(:class:`~qlm_env.prefixes.PromptPrefixes`); every other block is its request's own and can only be found by the same
+request after a preemption or eviction.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_env.compiled import compiled, kernel, kernel_if_present
+from qlm_env.prefixes import PromptPrefixes
 from qlm_env.requests import Int, Records, RequestTable
 
 Long = NDArray[np.int64]
@@ -30,19 +32,6 @@ NO_BLOCK = -1
 OWN_BLOCKS = 1 << 24
 """Blocks of one request that own keys can tell apart, more than any context holds."""
 
-
-class PromptPrefixes(NamedTuple):
-    """Which prompts begin alike. N requests."""
-
-    first: Long
-    """(N + 1,) request r has ``ids[first[r] : first[r + 1]]``"""
-    ids: Long
-    """Non-negative; two requests with the same id at the same place have the same tokens up to there, and the id
-    stands for ``id_tokens`` tokens, or as many as are left of the prompt"""
-    id_tokens: int
-
-
-NO_PREFIXES = PromptPrefixes(np.zeros(1, np.int64), np.zeros(0, np.int64), 1)
 
 BLOCK_DTYPE = np.dtype(
     [
@@ -68,7 +57,7 @@ class PrefixCache(NamedTuple):
     held: Int
     """(I, S, L) the blocks of each batch slot's request, in order; a slot says which row is its own"""
     ids: Long
-    """See :class:`PromptPrefixes`; the requests say where theirs begin"""
+    """See :class:`~qlm_env.prefixes.PromptPrefixes`; the requests say where theirs begin"""
     num_blocks: int
     """B, of the instance that has most"""
     id_tokens: int

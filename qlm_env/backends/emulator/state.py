@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from qlm_env.backends.emulator.prefix_cache import (
-    NO_PREFIXES,
     PrefixCache,
-    PromptPrefixes,
     make_prefix_cache,
     reset_initially,
 )
+from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
 from qlm_env.requests import NOWHERE, Int, Records, RequestTable
 from qlm_env.spec import ConfigError
 
