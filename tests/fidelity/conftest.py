@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     totals["all"] = sum(totals.values(), collections.Counter())
     columns = list(totals["all"])
     width = max(map(len, totals))
-    terminalreporter.section("agreement with vLLM's scheduler: identical steps, and cases with ...")
+    terminalreporter.section("agreement with vLLM's scheduler: steps, all identical, and cases with ...")
     terminalreporter.write_line("  ".join([" " * width, *columns]))
     for options, counts in totals.items():
         row = [f"{counts[column]:{len(column)}}" for column in columns]

@@ -204,8 +204,10 @@ def release(fleet: Fleet, requests: RequestTable, i: int, slot: int, allocated_a
     decoding = place.finish_tick != NO_FINISH
     computed = _take_out(fleet, requests, i, slot)
     if fleet.prefix_caching:
-        # A decode's last token is not known yet to the scheduler that works ahead.
-        known = computed + allocated_ahead - (1 if fleet.async_scheduling and decoding else 0)
+        known = computed + allocated_ahead
+        if engine.lagging and decoding:
+            # The token of the step in progress has not been seen; if none was before, the one fed to it has.
+            known = max(known - 1, computed if engine.fresh else 0)
         cache_full_blocks(fleet.prefix_cache, requests, i, place, known, fleet.block_size)
     _vacate(fleet, i, slot, blocks_for(computed + allocated_ahead, fleet.block_size))
     engine.min_finish_tick = NO_FINISH
@@ -467,6 +469,7 @@ def end_step(fleet: Fleet, requests: RequestTable, i: int, now_s: float) -> None
     engine = fleet.engine[i]
     # What the decision could not use, or did not know of, may admit something to the step after this one.
     alone = engine.preempted != 0 or engine.restored_tokens > 0 or (engine.lagging and engine.turned_away)
+    engine.fresh = not engine.lagging
     reap(fleet, i)
     if engine.num_running == 0:
         engine.next_event_s = NEVER
@@ -538,6 +541,7 @@ def catch_up(fleet: Fleet, i: int, now_s: float) -> None:
         return
     done = whole_steps_within(engine.step_s, engine.growth_s, now_s - engine.start_s, engine.steps - 1)
     if done > 0:
+        engine.fresh = 0
         elapsed = steps_time_s(engine.step_s, engine.growth_s, done)
         _advance_ticks(fleet, i, done, elapsed)
         # The step in progress holds its blocks, as the first step of every leap does.
@@ -578,6 +582,7 @@ def finish_leap(fleet: Fleet, requests: RequestTable, i: int, finished: Int) -> 
     running = engine.num_running
     if fleet.async_scheduling:
         engine.lagging = 1
+        engine.fresh = engine.fresh and engine.steps == 1
         engine.known_s = engine.start_s + steps_time_s(engine.step_s, engine.growth_s, engine.steps - 1)
     _advance_ticks(fleet, i, engine.steps, now_s - engine.start_s)
     if engine.preempted:

@@ -88,6 +88,7 @@ ENGINE_DTYPE = np.dtype(
         ("turned_away", "i1"),  # something could not be admitted to this step
         # Async scheduling: a step is scheduled while the one before it runs.
         ("lagging", "i1"),  # the step to schedule next was decided when the one that just ended began
+        ("fresh", "i1"),  # the step that just ended, or is in progress, was decided with no other in progress
         ("known_s", "f8"),  # when it is decided: later arrivals wait for the step after it
         ("leaving", "i4"),  # requests that finished since, and still hold slot and blocks for that decision
         ("restored_tokens", "i8"),  # KV tokens copied back from host memory in this step
