@@ -49,9 +49,10 @@ class Episodes:
         self._trace = load_trace(workload) if isinstance(workload, TraceWorkload) else None
         if isinstance(workload, SyntheticWorkload):
             workload = resolve_load(workload, capacity_per_s(scenario.cluster, workload))
-        caching = scenario.cluster.engine.enable_prefix_caching and isinstance(workload, TraceWorkload)
-        self.prefixes = load_prefixes(workload) if caching else NO_PREFIXES
+        self.prefixes = NO_PREFIXES
         """Which prompts begin alike, where the engines have a prefix cache and the trace tells."""
+        if isinstance(workload, TraceWorkload) and scenario.cluster.engine.enable_prefix_caching:
+            self.prefixes = load_prefixes(workload)
         self.scenario = scenario.model_copy(update={"workload": workload})
         """The scenario with its arrival rate in requests per second."""
 
