@@ -29,10 +29,10 @@ from qlm_env.dynamics import (
     find_unservable,
 )
 from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
-from qlm_env.profiles import fitting_profile, usable_kv_blocks
+from qlm_env.profiles import Profile, fitting_profile, usable_kv_blocks
 from qlm_env.queueing.groups import make_queues
-from qlm_env.requests import Int, Records, RequestTable, reset_state
-from qlm_env.spec import ClusterSpec, FailureSpec, GroupingSpec, ModelSpec, ScenarioSpec
+from qlm_env.requests import Float, Int, Records, RequestTable, reset_state
+from qlm_env.spec import ClusterSpec, EngineSpec, FailureSpec, GroupingSpec, ModelSpec, ScenarioSpec
 
 COEFFICIENTS = ("c0", "c1", "n0", "c2", "c3", "c4", "c5", "c6")
 
@@ -58,6 +58,33 @@ def instance_names(cluster: ClusterSpec) -> list[InstanceName]:
     return names
 
 
+def fill_placement(row: np.void, profile: Profile, engine: EngineSpec) -> None:
+    """Write what ``profile`` says into a PLACEMENT_DTYPE record."""
+    values = profile.values()
+    for coefficient, seconds in zip(COEFFICIENTS, profile.step_time, strict=True):
+        row[coefficient] = seconds
+    for name in PLACEMENT_DTYPE.names or ():
+        if name in values:
+            row[name] = values[name]
+    row["num_blocks"] = usable_kv_blocks(profile, engine)
+
+
+def make_engines(placement: Records, engine: EngineSpec, host_memory_bytes: Float, host_kv_bytes: Float) -> Fleet:
+    """Empty engines with these settings; the arrays are as :func:`make_fleet` takes them."""
+    return make_fleet(
+        placement,
+        host_memory_bytes=host_memory_bytes,
+        host_kv_bytes=host_kv_bytes,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        chunked_prefill=engine.enable_chunked_prefill,
+        scheduling_policy=PRIORITY if engine.scheduling_policy == "priority" else FCFS,
+        async_scheduling=engine.async_scheduling,
+        prefix_caching=engine.enable_prefix_caching,
+    )
+
+
 def make_placements(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile_folder: Path | None = None) -> Records:
     """The (instance, model) table, shape (I, M): latency, memory and loading costs from the profiles.
 
@@ -70,14 +97,8 @@ def make_placements(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile
             profile = fitting_profile(group, cluster.engine, model, profile_folder)
             if profile is None:
                 continue
-            values = profile.values()
-            for coefficient, seconds in zip(COEFFICIENTS, profile.step_time, strict=True):
-                row[m][coefficient] = seconds
-            for name in PLACEMENT_DTYPE.names or ():
-                if name in values:
-                    row[m][name] = values[name]
+            fill_placement(row[m], profile, cluster.engine)
             row[m]["context_tokens"] = model.context_tokens
-            row[m]["num_blocks"] = usable_kv_blocks(profile, cluster.engine)
         rows.extend([row] * group.count)
     return np.stack(rows).view(np.recarray)
 
@@ -89,18 +110,11 @@ def make_cluster(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile_fo
     """
     placement = make_placements(cluster, models, profile_folder)
     groups = [group for group in cluster.instances for _ in range(group.count)]
-    engine = cluster.engine
-    fleet = make_fleet(
+    fleet = make_engines(
         placement,
-        host_memory_bytes=np.array([group.host_memory_gb * 1e9 for group in groups]),
-        host_kv_bytes=np.array([group.host_kv_gb * 1e9 for group in groups]),
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        block_size=engine.block_size,
-        chunked_prefill=engine.enable_chunked_prefill,
-        scheduling_policy=PRIORITY if engine.scheduling_policy == "priority" else FCFS,
-        async_scheduling=engine.async_scheduling,
-        prefix_caching=engine.enable_prefix_caching,
+        cluster.engine,
+        np.array([group.host_memory_gb * 1e9 for group in groups]),
+        np.array([group.host_kv_gb * 1e9 for group in groups]),
     )
     names = [model.name for model in models]
     dealt = 0

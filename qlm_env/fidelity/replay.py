@@ -15,16 +15,8 @@ from numpy.typing import NDArray
 
 from qlm_env.backends.emulator.residency import place_initially
 from qlm_env.backends.emulator.serve import serve
-from qlm_env.backends.emulator.state import (
-    FCFS,
-    GPU,
-    PLACEMENT_DTYPE,
-    PRIORITY,
-    Fleet,
-    make_fleet,
-    size_prefix_cache,
-)
-from qlm_env.cluster import COEFFICIENTS
+from qlm_env.backends.emulator.state import GPU, PLACEMENT_DTYPE, Fleet, size_prefix_cache
+from qlm_env.cluster import fill_placement, make_engines
 from qlm_env.fidelity.recorded import RecordedRun, check_requests_fit
 from qlm_env.fidelity.recorded_requests import RecordedRequests
 from qlm_env.fidelity.run_error import RunError
@@ -122,25 +114,8 @@ def make_requests(run: RecordedRun, profile: Profile, class_names: tuple[str, ..
 def make_engine(profile: Profile, engine: EngineSpec, requests: RequestTable) -> Fleet:
     """A fleet of one engine with the step times and the memory of ``profile``, its model on the GPU."""
     placement = np.zeros((1, 1), PLACEMENT_DTYPE).view(np.recarray)
-    values = profile.values()
-    for name in PLACEMENT_DTYPE.names or ():
-        if name in values:
-            placement[0, 0][name] = values[name]
-    for coefficient, value in zip(COEFFICIENTS, profile.step_time, strict=True):
-        placement[0, 0][coefficient] = value
-    placement[0, 0].num_blocks = usable_kv_blocks(profile, engine)
-    fleet = make_fleet(
-        placement,
-        host_memory_bytes=np.zeros(1),
-        host_kv_bytes=np.zeros(1),
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        block_size=engine.block_size,
-        chunked_prefill=engine.enable_chunked_prefill,
-        scheduling_policy=PRIORITY if engine.scheduling_policy == "priority" else FCFS,
-        async_scheduling=engine.async_scheduling,
-        prefix_caching=engine.enable_prefix_caching,
-    )
+    fill_placement(placement[0, 0], profile, engine)
+    fleet = make_engines(placement, engine, np.zeros(1), np.zeros(1))
     place_initially(fleet, 0, 0, GPU)
     return size_prefix_cache(fleet, requests)
 
