@@ -49,7 +49,6 @@ class MeasureOptions(ServerOptions, OtherNumbers):
     architecture: Text
     tp: PositiveInt = 1
     out: OutPath
-    seed: Seed = 0
     repeats: PositiveInt = 3
     prefill_tokens: TokenCounts | None = None
     prefixes: TokenCounts | None = None

@@ -14,7 +14,7 @@ from qlm_env.backends.vllm.client import VllmClient
 from qlm_env.backends.vllm.facts import EngineFacts, EngineLimits, read_facts
 from qlm_env.backends.vllm.models import read_shape
 from qlm_env.backends.vllm.step_grid import StepGrid, default_grid
-from qlm_env.backends.vllm.step_times import Measurement, StepMeter, measure_steps
+from qlm_env.backends.vllm.step_times import Measurement, StepMeter, measure_steps, unseen_prompts
 from qlm_env.profiles.custom import complete_profile, physical_bounds
 from qlm_env.profiles.fitting import SPLIT_SEED, check_errors, fit_table
 from qlm_env.profiles.load import ProfileKey, profile_yaml, read_profile
@@ -95,7 +95,7 @@ async def _measure(options: MeasureOptions) -> tuple[EngineFacts, Measurement]:
     async with VllmClient(options.url, options.api_key()) as client:
         facts = await read_facts(client, options.model, limits)
         grid = make_grid(options, facts)
-        meter = StepMeter(client, facts, np.random.default_rng(options.seed))
+        meter = StepMeter(client, facts, unseen_prompts())
         with CountedProgress("measurements", options.repeats * grid.num_parts(facts)) as progress:
             return facts, await measure_steps(meter, grid, options.repeats, progress.advance)
 
@@ -188,7 +188,6 @@ def _measurement_json(options: MeasureOptions, facts: EngineFacts, measured: Mea
         "max_model_len": facts.max_model_len,
         "engine": facts.engine.model_dump(mode="json"),
         "repeats": options.repeats,
-        "seed": options.seed,
         "front_end_overhead_s": measured.overhead_s,
         "median_spread": median_spread(measured),
     }

@@ -14,6 +14,7 @@ import numpy as np
 from qlm_env.backends.vllm.client import Completion, VllmClient
 from qlm_env.backends.vllm.facts import EngineFacts, EngineLimits, read_facts
 from qlm_env.backends.vllm.replay import Replay, check_lengths, replay
+from qlm_env.backends.vllm.step_times import unseen_prompts
 from qlm_env.profiles import saturated_rate_per_s
 from qlm_env.profiles.load import read_profile
 from qlm_env.requests import RequestTable, workload_hash
@@ -22,9 +23,6 @@ from qlm_env.workload import build_requests, expected_lengths, resolve_load
 from runners.files import write_text
 from runners.live_config import RecordConfig
 from runners.progress import CountedProgress
-
-PROMPT_STREAM = 2000
-"""Spawn key of the prompts' random stream, apart from those of the workload."""
 
 LATE_SEND_S = 0.05
 """A request sent later than this after its arrival time is worth a word."""
@@ -49,9 +47,8 @@ async def _record(config: RecordConfig, out: Path) -> None:
         facts = await read_facts(client, options.model, limits)
         requests = _requests(config, facts)
         check_lengths(client, facts, requests)
-        rng = np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=(PROMPT_STREAM,)))
         with CountedProgress("requests", len(requests)) as progress:
-            recorded = await replay(client, facts, requests, rng, options.tick_s, progress.advance)
+            recorded = await replay(client, facts, requests, unseen_prompts(), options.tick_s, progress.advance)
     files = {
         "meta.json": json.dumps(_meta(config, facts, requests, recorded), indent=2) + "\n",
         "timeseries.csv": _timeseries_csv(recorded),
@@ -96,6 +93,7 @@ def _requests_jsonl(config: RecordConfig, requests: RequestTable, recorded: Repl
             "output_toks": len(completion.token_ids),
             "arrival_time": recorded.started_at_s + (completion.sent_s - recorded.start_s),
             **times,
+            "cached_toks": completion.cached_prompt_tokens,
             "slo_class": names[int(row.slo_class)],
         }
         lines.append(json.dumps(values))

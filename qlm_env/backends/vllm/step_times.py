@@ -32,6 +32,12 @@ SHORTEST_PROMPTS = 5
 """One-token prompts per round, for the overhead, which is small beside its own spread."""
 
 
+def unseen_prompts() -> np.random.Generator:
+    """A generator whose prompts no server has seen: not seeded, because a server finds the prompts of an earlier
+    run in its prefix cache and answers several times faster. What a prompt says makes no other difference."""
+    return np.random.default_rng()
+
+
 def draw_prompt(rng: np.random.Generator, tokens: int) -> list[int]:
     """A prompt of so many random token ids."""
     ids: list[int] = rng.integers(*PROMPT_TOKEN_IDS, size=tokens).tolist()
