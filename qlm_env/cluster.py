@@ -67,6 +67,12 @@ def fill_placement(row: np.void, profile: Profile, engine: EngineSpec) -> None:
         if name in values:
             row[name] = values[name]
     row["num_blocks"] = usable_kv_blocks(profile, engine)
+    row["num_knots"] = row["chunk_s"] = 0
+    if profile.token_curve is not None:
+        knots = profile.token_curve.knots
+        row["num_knots"], row["chunk_s"] = len(knots.tokens), knots.chunk_s
+        row["knot_tokens"][: len(knots.tokens)] = knots.tokens
+        row["knot_s"][: len(knots.tokens)] = knots.seconds
 
 
 def make_engines(placement: Records, engine: EngineSpec, host_memory_bytes: Float, host_kv_bytes: Float) -> Fleet:

@@ -11,10 +11,11 @@ from rich.table import Table
 from qlm_env.profiles.custom import complete_profile, physical_bounds
 from qlm_env.profiles.fitting import SPLIT_SEED, StepTimeFit, check_errors, fit_table
 from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES, num_gpu_blocks
-from qlm_env.profiles.layerwise import compose_steps, read_layer_times
+from qlm_env.profiles.layerwise import compose_steps, measured_token_curve, read_layer_times
 from qlm_env.profiles.load import ProfileKey, list_profiles, load_profile, profile_yaml, read_profile
 from qlm_env.profiles.schema import BLOCK_TOKENS, UNITS, Profile, Quantity
 from qlm_env.profiles.step_tables import StepTable, read_step_table
+from qlm_env.profiles.token_curve import Knots
 from qlm_env.spec import ConfigError
 from runners import files
 from runners.profile_config import FitOptions, ListOptions, OtherNumbers, ShowOptions
@@ -47,8 +48,8 @@ def list_all(options: ListOptions) -> None:
             key.device,
             key.architecture,
             str(key.tp),
-            profile.c0_s.kind,
-            _error(profile.c0_s),
+            profile.c5_s_per_sequence.kind,
+            _error(profile.c5_s_per_sequence),
             f"{profile.num_gpu_blocks.value:,.0f}",
             f"{profile.cold_start_s.value:.1f} s",
             f"{profile.wake_s.value:.2f} s",
@@ -71,6 +72,12 @@ def show(options: ShowOptions) -> None:
     table.add_column("source", overflow="fold")
     for name, quantity in profile.quantities().items():
         table.add_row(name, _value(quantity), quantity.unit, quantity.kind, _error(quantity), quantity.source)
+    curve = profile.token_curve
+    if curve is not None:
+        values = (
+            f"{curve.seconds[0]:.4g} at {curve.tokens[0]:,} to {curve.seconds[-1]:.4g} at {curve.tokens[-1]:,} tokens"
+        )
+        table.add_row("token_curve", values, "s", curve.kind, "", curve.source)
     console().print(table)
 
 
@@ -84,8 +91,8 @@ def fit(options: FitOptions) -> None:
     key = ProfileKey(options.device, options.architecture, options.tp)
     like = None if options.like is None else read_profile(Path(options.like))
     path = Path(options.table)
-    steps = _layer_steps(path, key) if path.is_dir() else _table_steps(path, options)
-    fitted = fit_table(steps, np.random.default_rng(SPLIT_SEED), physical_bounds(key))
+    steps, curve = _layer_steps(path, key) if path.is_dir() else (_table_steps(path, options), None)
+    fitted = fit_table(steps, np.random.default_rng(SPLIT_SEED), physical_bounds(key), curve)
     profile = complete_profile(
         key,
         fitted,
@@ -117,7 +124,7 @@ def _table_steps(path: Path, options: FitOptions) -> StepTable:
     )
 
 
-def _layer_steps(folder: Path, key: ProfileKey) -> StepTable:
+def _layer_steps(folder: Path, key: ProfileKey) -> tuple[StepTable, Knots]:
     device, architecture = DEVICES.get(key.device), ARCHITECTURES.get(key.architecture)
     for name, value, known in (("device", device, DEVICES), ("architecture", architecture, ARCHITECTURES)):
         if value is None:
@@ -125,7 +132,8 @@ def _layer_steps(folder: Path, key: ProfileKey) -> StepTable:
     assert device is not None
     assert architecture is not None
     kv_tokens = BLOCK_TOKENS * num_gpu_blocks(device, architecture, key.tp)
-    return compose_steps(read_layer_times(folder, key.tp), architecture, device, kv_tokens)
+    times = read_layer_times(folder, key.tp)
+    return compose_steps(times, architecture, device, kv_tokens), measured_token_curve(times, architecture, device)
 
 
 def given_quantities(options: OtherNumbers, source: str) -> dict[str, Quantity]:

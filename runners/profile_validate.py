@@ -87,7 +87,7 @@ def find_validated_profile(options: ValidateOptions, run: RecordedRun) -> tuple[
 
 def assumptions(run: RecordedRun, profile: Profile, source: str) -> list[str]:
     """What entered the replay that the record alone does not tell, one line each."""
-    lines = [f"step times: {profile.c0_s.kind}, {profile.c0_s.source}"]
+    lines = [f"step times: {profile.c5_s_per_sequence.kind}, {profile.c5_s_per_sequence.source}"]
     settings = run.engine.settings.model_dump(mode="json")
     for name, origin in run.engine.origins.items():
         if "." not in origin or not origin.startswith(("resolved_config", "kv_cache", "engine_kwargs")):

@@ -11,14 +11,15 @@ import numpy as np
 from qlm_env.profiles import quantities
 from qlm_env.profiles.fitting import SPLIT_SEED, StepTimeFit, fit_table
 from qlm_env.profiles.hardware import ARCHITECTURES, DEVICES, num_gpu_blocks
-from qlm_env.profiles.layerwise import compose_steps, read_layer_times
+from qlm_env.profiles.layerwise import compose_steps, measured_token_curve, read_layer_times
 from qlm_env.profiles.load import ProfileKey
 from qlm_env.profiles.power import BusyPower
-from qlm_env.profiles.quantities import Quantities, quantity
+from qlm_env.profiles.quantities import Quantities, quantity, rounded
 from qlm_env.profiles.residency import ResidencyTimes
 from qlm_env.profiles.scaling import PARALLEL_EFFICIENCY, roofline, scale_architecture, scale_tp
 from qlm_env.profiles.schema import BLOCK_TOKENS, Profile
 from qlm_env.profiles.step_tables import StepTable, read_step_table
+from qlm_env.profiles.token_curve import Knots, TokenCurve
 
 AEGAEON, AICONFIGURATOR, LAYERWISE = "Aegaeon", "AIConfigurator", "vLLM layers"
 
@@ -149,22 +150,24 @@ class Fit(NamedTuple):
     fit: StepTimeFit
 
 
-def read_steps(profiles_data: Path, key: ProfileKey, measurements: Measurements) -> StepTable:
-    """The steps that a profile is fitted to.
+def read_steps(profiles_data: Path, key: ProfileKey, measurements: Measurements) -> tuple[StepTable, Knots | None]:
+    """The steps that a profile is fitted to, and what their new tokens cost if that was measured by itself.
 
     Raises:
         ConfigError: a table is missing or lacks rows.
     """
     if measurements.table == AEGAEON:
         path = profiles_data / "aegaeon_prefill_decode.csv"
-        return read_step_table(path, {"model": measurements.model, "device": measurements.device})
+        return read_step_table(path, {"model": measurements.model, "device": measurements.device}), None
     if measurements.table == AICONFIGURATOR:
         path = profiles_data / "aiconfigurator_step_latency.csv"
-        return read_step_table(path, {"model": measurements.model, "system": measurements.device, "tp": key.tp})
+        return read_step_table(path, {"model": measurements.model, "system": measurements.device, "tp": key.tp}), None
     folder = profiles_data / "vllm_layerwise" / measurements.device / measurements.model / "bf16"
     device, architecture = DEVICES[key.device], ARCHITECTURES[key.architecture]
     kv_tokens = BLOCK_TOKENS * num_gpu_blocks(device, architecture, key.tp)
-    return compose_steps(read_layer_times(folder, key.tp), architecture, device, kv_tokens)
+    times = read_layer_times(folder, key.tp)
+    table = compose_steps(times, architecture, device, kv_tokens)
+    return table, measured_token_curve(times, architecture, device)
 
 
 def fit_step_times(profiles_data: Path) -> dict[ProfileKey, Fit]:
@@ -175,10 +178,10 @@ def fit_step_times(profiles_data: Path) -> dict[ProfileKey, Fit]:
     """
     fits = {}
     for key, measurements in FITTED.items():
-        table = read_steps(profiles_data, key, measurements)
+        table, curve = read_steps(profiles_data, key, measurements)
         at_least = roofline(DEVICES[key.device], ARCHITECTURES[key.architecture], key.tp)
         rng = np.random.default_rng(SPLIT_SEED)
-        fits[key] = Fit(_source(key, measurements), table, fit_table(table, rng, at_least))
+        fits[key] = Fit(_source(key, measurements), table, fit_table(table, rng, at_least, curve))
     return fits
 
 
@@ -202,11 +205,14 @@ def build_profiles(
     """Every shipped profile."""
     step_times = {key: _fitted_step_time(key, fit) for key, fit in fits.items()}
     step_times |= {key: _estimated_step_time(key, base, fits[base].fit) for key, base in ESTIMATED_FROM.items()}
+    curves = {key: quantities.token_curve(fit.fit, fit.source) for key, fit in fits.items()}
+    curves |= {key: _estimated_curve(key, base, curves[base]) for key, base in ESTIMATED_FROM.items()}
     return {
         key: Profile(
             device=key.device,
             architecture=key.architecture,
             tp=key.tp,
+            token_curve=curves[key],
             **(step_time | _hardware_quantities(key, residency, busy)),
         )
         for key, step_time in step_times.items()
@@ -235,6 +241,20 @@ def _estimated_step_time(key: ProfileKey, base: ProfileKey, fit: StepTimeFit) ->
             f"{efficiency.compute:.2f} for c1, c2 and c4 ({efficiency.source})"
         )
     return {name: quantity(name, value, "estimated", source) for name, value in coefficients._asdict().items()}
+
+
+def _estimated_curve(key: ProfileKey, base: ProfileKey, curve: TokenCurve | None) -> TokenCurve | None:
+    """The curve of the same number of GPUs, whose tiles fill at the same tokens, scaled as c0, c1 and c2 are."""
+    if curve is None or key.tp != base.tp:
+        return None
+    scale = ARCHITECTURES[key.architecture].parameters / ARCHITECTURES[base.architecture].parameters
+    return TokenCurve(
+        tokens=curve.tokens,
+        seconds=tuple(rounded(seconds * scale) for seconds in curve.seconds),
+        chunk_s=rounded(curve.chunk_s * scale),
+        kind="estimated",
+        source=f"that of {base.architecture} on {base.device} tp={base.tp}, by parameters",
+    )
 
 
 def _hardware_quantities(key: ProfileKey, times: ResidencyTimes, busy: BusyPower) -> Quantities:

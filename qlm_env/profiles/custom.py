@@ -63,7 +63,10 @@ def complete_profile(
     if found["num_gpu_blocks"].value == 0:
         raise ConfigError(f"{key.architecture} does not fit {key.tp} x {key.device}: no memory is left for KV cache")
     step_time = quantities.step_time(fit, source, device, architecture, key.tp)
-    return Profile(device=key.device, architecture=key.architecture, tp=key.tp, **(step_time | found))
+    curve = quantities.token_curve(fit, source)
+    return Profile(
+        device=key.device, architecture=key.architecture, tp=key.tp, token_curve=curve, **(step_time | found)
+    )
 
 
 def _of_device(key: ProfileKey, found: Mapping[str, Quantity]) -> Quantities:

@@ -10,12 +10,13 @@ import numpy as np
 from qlm_env.profiles.least_squares import (
     NO_BOUNDS,
     RegimeError,
-    fit_step_time,
+    fit_step_times,
     held_out_predictions_s,
     regime_errors,
 )
 from qlm_env.profiles.schema import StepTimeCoefficients
 from qlm_env.profiles.step_tables import REGIMES, StepTable
+from qlm_env.profiles.token_curve import Knots
 from qlm_env.spec import ConfigError
 
 SPLIT_SEED = 0
@@ -34,6 +35,8 @@ class StepTimeFit(NamedTuple):
     coefficients: StepTimeCoefficients
     errors: Mapping[str, RegimeError]
     """Held out, by regime."""
+    curve: Knots | None = None
+    """Of the time by new tokens alone, measured; it is the same in all the fits that the errors are of."""
 
     @property
     def mean_error(self) -> float:
@@ -41,8 +44,16 @@ class StepTimeFit(NamedTuple):
         return float(np.mean([error.mean for error in self.errors.values()]))
 
 
-def fit_table(table: StepTable, rng: np.random.Generator, at_least: StepTimeCoefficients = NO_BOUNDS) -> StepTimeFit:
+def fit_table(
+    table: StepTable,
+    rng: np.random.Generator,
+    at_least: StepTimeCoefficients = NO_BOUNDS,
+    curve: Knots | None = None,
+) -> StepTimeFit:
     """Fit ``table`` and measure the fit on held-out rows, in five folds that ``rng`` deals.
+
+    Args:
+        curve: what new tokens cost outside attention, if that was measured by itself.
 
     Raises:
         ConfigError: prefill or decode steps are missing, or a regime has fewer than :data:`MIN_STEPS`.
@@ -51,8 +62,9 @@ def fit_table(table: StepTable, rng: np.random.Generator, at_least: StepTimeCoef
     for index, name in enumerate(REGIMES):
         if count[index] < MIN_STEPS and (count[index] or name in REQUIRED_REGIMES):
             raise ConfigError(f"too few {name} steps to fit: {count[index]}; at least {MIN_STEPS} are needed")
-    predicted_s = held_out_predictions_s(table, at_least, rng)
-    return StepTimeFit(fit_step_time(table, at_least), regime_errors(table, predicted_s))
+    predicted_s = held_out_predictions_s(table, at_least, rng, curve)
+    coefficients, raised = fit_step_times(table, at_least, curve)
+    return StepTimeFit(coefficients, regime_errors(table, predicted_s), raised)
 
 
 def check_errors(fit: StepTimeFit, max_error: float) -> None:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from qlm_env.profiles.hardware import Architecture, Device
 from qlm_env.profiles.step_tables import REGIMES, StepTable
 from qlm_env.profiles.table_checks import SHORTEST_LAYER_S, check_seconds, numbers, read_table, require_columns
+from qlm_env.profiles.token_curve import MAX_KNOTS, Knots
 from qlm_env.spec import ConfigError
 
 Float = NDArray[np.float64]
@@ -148,6 +149,14 @@ def step_outside_attention_s(
         logits_bytes = ACTIVATION_BYTES * architecture.vocab_size * sequences
         step += all_reduce_s(logits_bytes / 2, device, times.tp)
     return step
+
+
+def measured_token_curve(times: LayerTimes, architecture: Architecture, device: Device) -> Knots:
+    """What the new tokens of a step cost outside attention, with the head and sampler of one sequence."""
+    tokens = np.unique(np.concatenate([curve.number for curve in times.dense.values()]))
+    tokens = tokens[tokens <= times.max_tokens]
+    seconds = step_outside_attention_s(times, architecture, device, tokens, np.ones_like(tokens))
+    return Knots(tokens, seconds).thinned(MAX_KNOTS)
 
 
 def all_reduce_s(num_bytes: Float, device: Device, tp: int) -> Float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlm_env.profiles.fitting import StepTimeFit
 from qlm_env.profiles.hardware import (
@@ -16,7 +17,8 @@ from qlm_env.profiles.power import BusyPower
 from qlm_env.profiles.residency import DEVICE as RESIDENCY_DEVICE
 from qlm_env.profiles.residency import HOST_LINK_BYTES_PER_S, ResidencyTimes, TransferTime
 from qlm_env.profiles.scaling import roofline
-from qlm_env.profiles.schema import OPTIONAL_UNITS, UNITS, Quantity
+from qlm_env.profiles.schema import OPTIONAL_UNITS, UNITS, Quantity, StepTimeCoefficients
+from qlm_env.profiles.token_curve import TokenCurve
 
 KV_SWAP_LINK_SHARE = 0.7
 """Of the PCIe rating, as KV cache transfers reach it."""
@@ -27,11 +29,16 @@ MEASURED_TRANSFER_TPS = (1, 4)
 Quantities = dict[str, Quantity]
 
 
+def rounded(value: float) -> float:
+    """To four digits: beyond what any fit resolves, and so the same on every machine."""
+    return float(f"{value:.4g}")
+
+
 def quantity(name: str, value: float, kind: str, source: str, fit_error: float | None = None) -> Quantity:
-    """Rounded to four digits: beyond what any fit resolves, and so the same on every machine."""
+    """A number with its unit; the value :func:`rounded`."""
     return Quantity.model_validate(
         {
-            "value": float(f"{value:.4g}"),
+            "value": rounded(value),
             "unit": (UNITS | OPTIONAL_UNITS)[name],
             "kind": kind,
             "source": source,
@@ -52,6 +59,10 @@ def step_time(
     quantities = {
         name: quantity(name, value, "fitted", source, fit.mean_error) for name, value in coefficients._asdict().items()
     }
+    if fit.curve is not None:
+        error = float(np.mean(np.abs(_summary_s(coefficients, fit.curve.tokens) / fit.curve.seconds - 1.0)))
+        for name in SUMMARY:
+            quantities[name] = quantity(name, getattr(coefficients, name), "fitted", "sums up token_curve", error)
     if "mixed" not in fit.errors:
         c6 = "c6_s_per_mixed_kv_token"
         quantities[c6] = quantity(c6, coefficients.c6_s_per_mixed_kv_token, "estimated", "no mixed step was measured")
@@ -64,6 +75,31 @@ def step_time(
             reason = f"at the {device.name}'s peak {what}: the steps measured do not resolve this term"
             quantities[name] = quantity(name, value, "estimated", reason)
     return quantities
+
+
+SUMMARY = ("c0_s", "c1_s_per_token", "n0_tokens", "c2_s_per_token")
+"""What a token curve takes the place of."""
+
+
+def _summary_s(coefficients: StepTimeCoefficients, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    below, above = np.minimum(tokens, coefficients.n0_tokens), np.maximum(0.0, tokens - coefficients.n0_tokens)
+    seconds: NDArray[np.float64] = (
+        coefficients.c0_s + coefficients.c1_s_per_token * below + coefficients.c2_s_per_token * above
+    )
+    return seconds
+
+
+def token_curve(fit: StepTimeFit, source: str) -> TokenCurve | None:
+    """The curve of a fit that has one."""
+    if fit.curve is None:
+        return None
+    return TokenCurve(
+        tokens=tuple(int(tokens) for tokens in fit.curve.tokens),
+        seconds=tuple(rounded(seconds) for seconds in fit.curve.seconds),
+        chunk_s=rounded(fit.curve.chunk_s),
+        kind="fitted",
+        source=f"time outside attention as measured, raised by constants: {source}",
+    )
 
 
 def architecture_bytes(architecture: Architecture) -> Quantities:

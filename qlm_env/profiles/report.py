@@ -100,7 +100,7 @@ def rate_table(profiles: Mapping[ProfileKey, Profile], prompt_tokens: Lengths, o
                 key.device,
                 key.architecture,
                 str(key.tp),
-                profile.c0_s.kind,
+                profile.c5_s_per_sequence.kind,
                 f"{profile.num_gpu_blocks.value:,.0f}",
                 f"{profile.cold_start_s.value:.1f}",
                 f"{profile.wake_s.value:.2f}",

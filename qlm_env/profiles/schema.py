@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from qlm_env.profiles.token_curve import TokenCurve
 from qlm_env.spec import NonNegativeFloat, PositiveInt, Spec
 
 Text = Annotated[str, Field(min_length=1)]
@@ -89,6 +90,8 @@ class Profile(Spec):
 
     with ``n`` new tokens in the step (prefill tokens + ``B``), ``B`` decoding sequences with ``kv`` tokens
     cached before the step each, and ``q`` new and ``k`` cached tokens of each prefill chunk.
+
+    A ``token_curve`` takes the place of the first three terms, up to its last knot; beyond it, each token takes c2.
     """
 
     device: Text
@@ -104,6 +107,9 @@ class Profile(Spec):
     c5_s_per_sequence: Quantity
     c6_s_per_mixed_kv_token: Quantity
     """On top of c3 where the step holds a prefill chunk too: attention kernels are slower on such a batch."""
+
+    token_curve: TokenCurve | None = None
+    """Where there is one, c0, c1, n0 and c2 are its summary, for estimates that need a formula."""
 
     weight_bytes: Quantity
     """All GPUs of the instance together, as are the other byte counts and rates."""

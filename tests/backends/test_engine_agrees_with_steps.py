@@ -9,11 +9,20 @@ from qlm_env.backends.emulator.reference import StepEngine, StepRequest, serve_b
 from qlm_env.backends.emulator.serve import serve
 from qlm_env.backends.emulator.state import FCFS, PLACEMENT_DTYPE, PRIORITY, Fleet, make_fleet, size_prefix_cache
 from qlm_env.prefixes import PromptPrefixes
+from qlm_env.profiles.token_curve import MAX_KNOTS
 from qlm_env.requests import FINISHED, RequestTable, make_request_table
 
 CASES = 2000
 CHUNKS = 20
 COEFFICIENT_NAMES = ("c0", "c1", "n0", "c2", "c3", "c4", "c5", "c6")
+
+
+def random_knots(rng: np.random.Generator) -> list[tuple[float, float]]:
+    """A curve over new tokens with treads and steps, as GEMM tiles make them."""
+    count = int(rng.choice([2, 3, 10, MAX_KNOTS]))
+    tokens = 1 + np.cumsum(rng.integers(1, 40, count))
+    seconds = 5e-3 + np.cumsum(rng.choice([0.0, 1e-5, 2e-3], count))
+    return list(zip(tokens.tolist(), seconds.tolist(), strict=True))
 
 
 def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
@@ -43,6 +52,12 @@ def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
     placement = np.zeros((1, 1), PLACEMENT_DTYPE).view(np.recarray)
     for name, value in zip(COEFFICIENT_NAMES, coefficients, strict=True):
         placement[name] = value
+    knots = random_knots(rng) if rng.random() < 0.3 else []
+    chunk_s = 3e-3 if knots and rng.random() < 0.5 else 0.0
+    placement["num_knots"], placement["chunk_s"] = len(knots), chunk_s
+    for index, (tokens, seconds) in enumerate(knots):
+        placement["knot_tokens"][0, 0, index] = tokens
+        placement["knot_s"][0, 0, index] = seconds
     placement["num_blocks"] = num_blocks
     fleet = make_fleet(
         placement,
@@ -68,6 +83,8 @@ def random_engines(rng: np.random.Generator) -> tuple[Fleet, StepEngine, int]:
         priority,
         async_scheduling,
         prefix_caching,
+        knots,
+        chunk_s,
     )
     return fleet, oracle, longest
 

@@ -23,9 +23,6 @@ RUNS = {
 MEAN_BARS = {"ttft": 0.06, "tpot": 0.03, "e2e": 0.04}
 P99_BAR = 0.08
 
-MISSED = {("RTX4090", "tpot"), ("RTXPRO6000", "tpot"), ("RTXPRO6000", "e2e")}
-"""By the step-time formula, not by the layer times it is fitted to: docs/fidelity.md has the cause."""
-
 
 @functools.cache
 def fitted(device: str) -> Comparison:
@@ -45,21 +42,10 @@ def interpolated(device: str) -> Comparison:
     return compare_runs(run.requests, replay_by_steps(run, profile, steps, ()), SloSpec(), (20.0, 60.0))
 
 
-@pytest.mark.parametrize(
-    ("device", "latency"),
-    [
-        pytest.param(device, latency, marks=[pytest.mark.xfail] if (device, latency) in MISSED else [])
-        for device in RUNS
-        for latency in MEAN_BARS
-    ],
-)
-def test_means_with_the_shipped_profile(device: str, latency: str) -> None:
-    assert abs(fitted(device).latencies[latency].relative_error.mean) <= MEAN_BARS[latency]
-
-
 @pytest.mark.parametrize("device", list(RUNS))
-def test_means_with_interpolated_layer_times(device: str) -> None:
-    errors = {name: abs(interpolated(device).latencies[name].relative_error.mean) for name in MEAN_BARS}
+@pytest.mark.parametrize("replayed", [fitted, interpolated], ids=["fitted", "interpolated"])
+def test_means(replayed: Callable[[str], Comparison], device: str) -> None:
+    errors = {name: abs(replayed(device).latencies[name].relative_error.mean) for name in MEAN_BARS}
     assert all(errors[name] <= bar for name, bar in MEAN_BARS.items()), errors
 
 

@@ -8,7 +8,10 @@ shared with it. Every step schedules from scratch, as ``vllm.v1.core.sched.sched
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from qlm_env.backends.emulator.reference_blocks import BlockContent, BlockPool
 
@@ -99,6 +102,10 @@ class StepEngine:
     async_scheduling: bool = False
     """Schedule the next step while one is in progress (:func:`serve_by_steps`)."""
     enable_prefix_caching: bool = False
+    token_curve: Sequence[tuple[float, float]] = ()
+    """New tokens and seconds of each knot of the curve that takes the place of c0, c1, n0 and c2, if there is one."""
+    chunk_s: float = 0.0
+    """What a step with a prefill chunk takes in addition, with a curve."""
     waiting: list[StepRequest] = field(default_factory=list)
     running: list[StepRequest] = field(default_factory=list)
     steps: int = 0
@@ -273,6 +280,10 @@ class StepEngine:
         mixed = any(not chunk.decode for chunk in chunks)
         new_tokens = sum(chunk.tokens for chunk in chunks)
         time_s = c0 + c1 * min(new_tokens, n0) + c2 * max(0, new_tokens - n0)
+        if self.token_curve:
+            tokens, seconds = zip(*self.token_curve, strict=True)
+            time_s = float(np.interp(new_tokens, tokens, seconds)) + c2 * max(0.0, new_tokens - tokens[-1])
+            time_s += self.chunk_s if mixed else 0.0
         for chunk in chunks:
             if chunk.decode:
                 time_s += c3 * chunk.cached + c5 + (c6 * chunk.cached if mixed else 0.0)

@@ -16,6 +16,7 @@ from qlm_env.backends.emulator.prefix_cache import (
     reset_initially,
 )
 from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
+from qlm_env.profiles.token_curve import MAX_KNOTS
 from qlm_env.requests import NOWHERE, Int, Records, RequestTable
 from qlm_env.spec import ConfigError
 
@@ -42,6 +43,11 @@ PLACEMENT_DTYPE = np.dtype(
         ("c4", "f8"),
         ("c5", "f8"),
         ("c6", "f8"),
+        # The curve over new tokens that takes the place of c0, c1, n0 and c2; none with 0 knots.
+        ("chunk_s", "f8"),  # more with a prefill chunk
+        ("num_knots", "i8"),
+        ("knot_tokens", "f8", (MAX_KNOTS,)),
+        ("knot_s", "f8", (MAX_KNOTS,)),
         ("context_tokens", "i8"),  # longest prompt + output of the model
         ("num_blocks", "i8"),  # KV blocks requests can use; 0 where the model does not fit the instance
         ("weight_bytes", "f8"),  # all GPUs of the instance together
