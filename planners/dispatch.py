@@ -31,7 +31,7 @@ def by_deadline(view: ClusterView, group: GroupView) -> float:
 
 def by_expected_tokens(view: ClusterView, group: GroupView) -> float:
     """Shortest job first: expected tokens of one request of the group."""
-    return group.mean_prompt_tokens + view.output_statistics(group.model, group.slo_class).mean_tokens
+    return group.mean_prompt_tokens + view.group_output(group).mean_tokens
 
 
 def candidates(view: ClusterView, group: GroupView) -> list[InstanceView]:

@@ -75,7 +75,7 @@ def group_service(
     view: ClusterView, instance: InstanceView, group: GroupView, batch: float
 ) -> tuple[ServiceEstimate, float]:
     """How ``instance`` would serve ``group`` in a batch of ``batch``, and the full batch that bounds it."""
-    output = view.output_statistics(group.model, group.slo_class)
+    output = view.group_output(group)
     placement = instance.placement(group.model)
     prompt_tokens = group.mean_prompt_tokens
     engine = view.scenario.cluster.engine

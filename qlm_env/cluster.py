@@ -199,6 +199,7 @@ def make_world(
             scenario.cluster.num_instances,
             len(classes),
             max_group_members(fleet, scenario.environment.grouping),
+            scenario.environment.grouping.max_clusters,
         ),
         clock=np.zeros(1, CLOCK_DTYPE).view(np.recarray),
         failures=make_failures(scenario.cluster.failures),

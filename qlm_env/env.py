@@ -27,6 +27,7 @@ from qlm_env.observation import Float32, Panel, make_panel, observation_space
 from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
 from qlm_env.presets import make_scenario
 from qlm_env.render import draw_frame, draw_text
+from qlm_env.queueing.groups import recluster
 from qlm_env.requests import RequestTable, workload_hash
 from qlm_env.scenario import Episodes
 from qlm_env.spec import ConfigError, ScenarioSpec
@@ -122,6 +123,7 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         self._panel: Panel = make_panel(self._observations, len(requests), self.codec.num_actions)
         self.workload_hash = workload_hash(requests)
         self._actions_this_epoch = 0
+        self._clustered_at_arrival = 0
         self.invalid_actions = 0
         self.decisions = 0
         self._return = 0.0
@@ -233,6 +235,11 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             if self.timeline is not None:
                 self.timeline.take_log(world)
                 self.timeline.sample(world)
+        grouping = self._settings.grouping
+        arrivals = int(self._clock["next_arrival"])
+        if grouping.max_clusters > 1 and arrivals - self._clustered_at_arrival >= grouping.recluster_requests:
+            recluster(world.queues, grouping.min_variance_cut)
+            self._clustered_at_arrival = arrivals
 
     def _decide(self, lso: Lso, until_s: float, stop_at_epoch: bool) -> int:
         only_advance = self._actions_this_epoch >= self._settings.max_actions_per_epoch

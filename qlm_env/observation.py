@@ -2,7 +2,7 @@
 
 Rows of ``groups`` are the groups with waiting requests, most urgent first: by the deadline of their first waiting
 request, then by age of the group. Groups beyond the last row are summed up in it, never dropped. Never output
-lengths: expected output is the mean of finished requests of the same model and class, with a prior.
+lengths: expected output is the mean of finished requests of the same model, class and length cluster, with a prior.
 """
 
 from __future__ import annotations
@@ -104,8 +104,14 @@ def _log(x: float, scale: float) -> float:
 
 @kernel
 def expected_output_tokens(kind: Records) -> float:
-    """Mean output length of finished requests of a (model, class), shrunk towards the prior."""
+    """Mean output length of finished requests of a (model, class, length cluster), shrunk towards the prior."""
     return (PRIOR_OUTPUT_TOKENS * PRIOR_REQUESTS + kind.output_tokens) / (PRIOR_REQUESTS + kind.finished)
+
+
+@kernel
+def _expected_output_tokens(world: World, g: int) -> float:
+    group = world.queues.group[g]
+    return expected_output_tokens(world.queues.kind[group.model, group.slo_class, group.cluster])
 
 
 @kernel
@@ -135,7 +141,7 @@ def _observe_group(world: World, g: int, row: Float32) -> None:
     row[f] = _log(group.waiting, 4096.0)
     row[f + 1] = _log(group.in_engine, 4096.0)
     row[f + 2] = _unit(group.prompt_tokens / group.waiting / 4096.0)
-    row[f + 3] = _unit(expected_output_tokens(world.queues.kind[group.model, group.slo_class]) / 4096.0)
+    row[f + 3] = _unit(_expected_output_tokens(world, g) / 4096.0)
     row[f + 4] = _slack(world, group.head)
     row[f + 5] = _slack(world, group.tail)
     row[f + 6] = _log(world.slo[group.slo_class].target_s, 36000.0)
@@ -160,7 +166,7 @@ def _observe_rest(world: World, groups: Int, row: Float32) -> None:
         waiting += group.waiting
         in_engine += group.in_engine
         prompt_tokens += group.prompt_tokens
-        output_tokens += group.waiting * expected_output_tokens(world.queues.kind[group.model, group.slo_class])
+        output_tokens += group.waiting * _expected_output_tokens(world, g)
     last = len(groups) - 1
     for g in groups:
         group = world.queues.group[g]

@@ -310,15 +310,23 @@ WorkloadSpec = Annotated[SyntheticWorkload | TraceWorkload, Field(discriminator=
 
 # --------------------------------------------------------------------------- environment
 class GroupingSpec(Spec):
-    """How waiting requests form request groups (design: by model and SLO class, FCFS inside).
+    """How waiting requests form request groups: by model, SLO class and length, first come first served inside.
 
     A group is closed when it holds ``delta`` x the average batch size of its model, or when its first
     request enters an engine. The average batch is ``min(max_num_seqs, KV tokens / typical_request_tokens)``
     averaged over the instances the model fits.
+
+    Requests of a model and class are told apart by length with k-means, on prompt and expected output length, where
+    that cuts the variance within groups by a share of at least ``min_variance_cut``.
     """
 
     delta: PositiveFloat = 1.0
     typical_request_tokens: PositiveInt = 1024
+    max_clusters: Annotated[int, Field(ge=1, le=16)] = 3
+    """Length clusters of a model and class; 1 keeps all lengths together."""
+    min_variance_cut: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    recluster_requests: PositiveInt = 200
+    """Arrivals after which the clusters are found anew."""
 
 
 class DecisionTimeSpec(Spec):

@@ -68,6 +68,11 @@ class GroupView:
         return int(self._record["slo_class"])
 
     @property
+    def cluster(self) -> int:
+        """Its length cluster, numbered within model and class by ascending prompt length."""
+        return int(self._record["cluster"])
+
+    @property
     def waiting(self) -> int:
         """Requests waiting in the group."""
         return int(self._record["waiting"])
@@ -258,6 +263,15 @@ class InstanceView:
             )
 
 
+def _output_statistics(kinds: NDArray[np.void]) -> OutputStatistics:
+    """Of several length clusters together, shape (L,)."""
+    finished = int(kinds["finished"].sum())
+    weight = PRIOR_REQUESTS + finished
+    mean = (PRIOR_REQUESTS * PRIOR_OUTPUT_TOKENS + float(kinds["output_tokens"].sum())) / weight
+    square = (PRIOR_REQUESTS * 2 * PRIOR_OUTPUT_TOKENS**2 + float(kinds["output_tokens_squared"].sum())) / weight
+    return OutputStatistics(finished, mean, max(0.0, square - mean * mean))
+
+
 class ClusterView:
     """The whole cluster at a decision epoch."""
 
@@ -295,16 +309,18 @@ class ClusterView:
 
     def output_statistics(self, model: int, slo_class: int) -> OutputStatistics:
         """Mean and variance of output lengths, from finished requests and the prior (an exponential of mean 256)."""
-        kind = plain(self._world.queues.kind)[model, slo_class]
-        finished = int(kind["finished"])
-        weight = PRIOR_REQUESTS + finished
-        mean = (PRIOR_REQUESTS * PRIOR_OUTPUT_TOKENS + float(kind["output_tokens"])) / weight
-        square = (PRIOR_REQUESTS * 2 * PRIOR_OUTPUT_TOKENS**2 + float(kind["output_tokens_squared"])) / weight
-        return OutputStatistics(finished, mean, max(0.0, square - mean * mean))
+        return _output_statistics(plain(self._world.queues.kind)[model, slo_class])
+
+    def group_output(self, group: GroupView) -> OutputStatistics:
+        """The same of the requests of a group's model, class and length cluster."""
+        cluster = group.cluster
+        return _output_statistics(
+            plain(self._world.queues.kind)[group.model, group.slo_class, cluster : cluster + 1]
+        )
 
     def arrivals_per_model(self) -> NDArray[np.int64]:
         """(M,) requests so far."""
-        arrived: NDArray[np.int64] = plain(self._world.queues.kind)["arrived"].sum(axis=1)
+        arrived: NDArray[np.int64] = plain(self._world.queues.kind)["arrived"].sum(axis=(1, 2))
         return arrived
 
     def is_legal(self, lso: Lso) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qlm_env.backends.emulator.prefix_cache import NO_BLOCK, NO_KEY
 from qlm_env.backends.emulator.state import GPU, HOST, NO_FINISH, PRIORITY, STORAGE
 from qlm_env.dynamics import TTFT, World
+from qlm_env.queueing.length_clusters import prompt_bucket
 from qlm_env.requests import (
     FINISHED,
     MET,
@@ -267,8 +268,8 @@ class Invariants:
             else:
                 assert group.live_index == NOWHERE
                 assert g not in live
-            assert (open_group[group.model][group.slo_class] == g) == (not group.closed)
-            assert group.members <= self._max_members[group.model][group.slo_class]
+            assert (open_group[group.model][group.slo_class][group.cluster] == g) == (not group.closed)
+            assert group.members <= self._max_members[group.model][group.slo_class][group.cluster]
             assert not (inside and not group.closed)
             assert group.queued == (bool(waiting) and group.queue != NOWHERE)
         assert len(set(live)) == len(live)
@@ -289,11 +290,14 @@ class Invariants:
         assert self.engines[i].up or not order
 
     def _check_kinds(self) -> None:
-        num_classes = self.world.queues.kind.shape[1]
+        _, num_classes, num_clusters = self.world.queues.kind.shape
+        cluster = self.world.queues.lengths["cluster"]
         accepted: dict[int, list[SimpleNamespace]] = defaultdict(list)
         for request in self.requests:
             if request.state not in (PENDING, REJECTED):
-                accepted[request.model * num_classes + request.slo_class].append(request)
+                of_length = cluster[request.model, request.slo_class, prompt_bucket(request.prompt_tokens)]
+                row = (request.model * num_classes + request.slo_class) * num_clusters + int(of_length)
+                accepted[row].append(request)
         for k, kind in enumerate(_rows(self.world.queues.kind.reshape(-1))):
             output = [request.output_tokens for request in accepted[k] if request.state == FINISHED]
             assert kind.arrived == len(accepted[k])

@@ -74,7 +74,7 @@ def check_rows(env: QLMEnv, observation: dict[str, Any], row_groups: NDArray[np.
             "waiting": [log(group.waiting)],
             "in_engine": [log(group.in_engine)],
             "prompt_tokens": [min(1.0, group.mean_prompt_tokens / 4096)],
-            "output_tokens": [view.output_statistics(group.model, group.slo_class).mean_tokens / 4096],
+            "output_tokens": [view.group_output(group).mean_tokens / 4096],
             "slack": [max(-1.0, (group.deadline_s - now_s) / group.target_s)],
             "last_slack": [max(-1.0, (group.last_deadline_s - now_s) / group.target_s)],
             "target_s": [log(group.target_s, 36000)],

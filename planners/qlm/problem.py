@@ -74,7 +74,7 @@ def make_problem(view: ClusterView, groups: list[GroupView], spec: QlmSpec, idle
     instances = view.instances
     models = np.array([g.model for g in groups], np.int32)
     placement = view.placements[:, models].T
-    outputs = [view.output_statistics(g.model, g.slo_class) for g in groups]
+    outputs = [view.group_output(g) for g in groups]
     prompt = np.array([g.mean_prompt_tokens for g in groups])[:, None]
     mean = np.array([o.mean_tokens for o in outputs])[:, None]
     variance = np.array([o.variance_tokens2 for o in outputs])[:, None]
