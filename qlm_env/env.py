@@ -26,8 +26,8 @@ from qlm_env.metrics import episode_metrics
 from qlm_env.observation import Float32, Panel, make_panel, observation_space
 from qlm_env.prefixes import NO_PREFIXES, PromptPrefixes
 from qlm_env.presets import make_scenario
-from qlm_env.render import draw_frame, draw_text
 from qlm_env.queueing.groups import recluster
+from qlm_env.render import draw_frame, draw_text
 from qlm_env.requests import RequestTable, workload_hash
 from qlm_env.scenario import Episodes
 from qlm_env.spec import ConfigError, ScenarioSpec

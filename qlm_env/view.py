@@ -314,9 +314,7 @@ class ClusterView:
     def group_output(self, group: GroupView) -> OutputStatistics:
         """The same of the requests of a group's model, class and length cluster."""
         cluster = group.cluster
-        return _output_statistics(
-            plain(self._world.queues.kind)[group.model, group.slo_class, cluster : cluster + 1]
-        )
+        return _output_statistics(plain(self._world.queues.kind)[group.model, group.slo_class, cluster : cluster + 1])
 
     def arrivals_per_model(self) -> NDArray[np.int64]:
         """(M,) requests so far."""

@@ -12,8 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_env.compiled import kernel
-from qlm_env.requests import NOWHERE, Records
+from qlm_env.compiled import compiled
+from qlm_env.requests import Records
 
 LENGTH_DTYPE = np.dtype(
     [
@@ -39,11 +39,14 @@ MEMORY = 0.5
 MIN_ARRIVALS = 64.0
 """Recent arrivals of a model and class below which its clusters stay as they are."""
 
+LEAST_GAIN = 0.05
+"""Share of all variance that a further cluster must cut."""
+
 PRIOR_WEIGHT = 8.0
 """Finished requests whose weight the mean of all buckets has in a bucket's expected output."""
 
 
-@kernel
+@compiled
 def prompt_bucket(prompt_tokens: float) -> int:
     """The bucket of a prompt: twice its binary logarithm."""
     return min(NUM_BUCKETS - 1, int(2.0 * math.log2(max(1.0, prompt_tokens))))
@@ -54,7 +57,8 @@ def cluster_buckets(lengths: Records, max_clusters: int, min_variance_cut: float
 
     Starting from one, another cluster is added for as long as it cuts the variance within clusters, of prompt and
     expected output length together in tokens, by at least a share of ``min_variance_cut``. Two clusters cut that of
-    a single exponential or normal hump by about two thirds, so less than that says nothing.
+    a single hump by two thirds (normal, exponential) to three quarters (uniform), so less than that says nothing; and what is cut must be
+    more than :data:`LEAST_GAIN` of all there was, or groups would be split over trifles.
 
     Args:
         lengths: (B,) LENGTH_DTYPE with at least one recent arrival.
@@ -77,10 +81,10 @@ def cluster_buckets(lengths: Records, max_clusters: int, min_variance_cut: float
     )
     label = np.zeros(len(used), np.int32)
     centre = np.average(points, axis=0, weights=weight)
-    within = float(weight @ ((points - centre) ** 2).sum(axis=1))
+    total = within = float(weight @ ((points - centre) ** 2).sum(axis=1))
     for k in range(2, min(max_clusters, len(used)) + 1):
         fitted = KMeans(k, n_init=4, random_state=0).fit(points, sample_weight=weight)
-        if fitted.inertia_ > (1.0 - min_variance_cut) * within:
+        if within - fitted.inertia_ < max(min_variance_cut * within, LEAST_GAIN * total):
             break
         by_prompt = np.argsort(np.argsort(fitted.cluster_centers_[:, 0]))
         label, within = by_prompt[fitted.labels_].astype(np.int32), float(fitted.inertia_)
