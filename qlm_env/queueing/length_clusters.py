@@ -56,9 +56,9 @@ def cluster_buckets(lengths: Records, max_clusters: int, min_variance_cut: float
     """The cluster of each bucket, numbered by ascending prompt length.
 
     Starting from one, another cluster is added for as long as it cuts the variance within clusters, of prompt and
-    expected output length together in tokens, by at least a share of ``min_variance_cut``. Two clusters cut that of
-    a single hump by two thirds (normal, exponential) to three quarters (uniform), so less than that says nothing; and what is cut must be
-    more than :data:`LEAST_GAIN` of all there was, or groups would be split over trifles.
+    expected output length together in tokens, by at least a share of ``min_variance_cut``. Two clusters cut that of a
+    single hump by two thirds (normal, exponential) to three quarters (uniform), so less than that says nothing; and
+    what is cut must be more than :data:`LEAST_GAIN` of all there was, or groups would be split over trifles.
 
     Args:
         lengths: (B,) LENGTH_DTYPE with at least one recent arrival.
