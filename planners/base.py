@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +22,10 @@ class Planner(ABC):
             view: the cluster; stays valid, and current, throughout the episode.
             rng: the only source of randomness a planner may use.
         """
+
+    def statistics(self) -> Mapping[str, int]:
+        """What the planner counted since the start of the episode, by name, such as solvers that failed."""
+        return {}
 
     @abstractmethod
     def act(self, view: ClusterView) -> Sequence[Lso]:

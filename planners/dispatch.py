@@ -1,12 +1,12 @@
 """List planners: an order of groups and a rule for which instance takes the next one.
 
-FCFS, EDF, SJF, round robin and least loaded are all of this shape. Each instance swaps to the model of its head
-group when that is not active, letting the batch drain first.
+FCFS, EDF, SJF, least laxity, round robin and least loaded are all of this shape. Each instance swaps to the model of
+its head group when that is not active, letting the batch drain first. Planners that arrange a queue otherwise, or clear
+the way for its head otherwise, override these two steps.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +17,9 @@ from qlm_env.lso import Balance, Lso, SwapModel
 from qlm_env.view import ClusterView, GroupView, InstanceView
 
 Order = Callable[[ClusterView, GroupView], float]
+
+Keys = Mapping[int, tuple[float, int]]
+"""By group id: its place in the planner's order; ties go to the older group."""
 
 
 def by_arrival(view: ClusterView, group: GroupView) -> float:
@@ -127,40 +130,55 @@ class ListPlanner(Planner):
         groups = {group.id: group for group in view.groups}
         keys = {g: (self._order(view, group), g) for g, group in groups.items()}
         queues = {instance.index: instance.queue for instance in view.instances}
-        wanted = {i: sorted(queue, key=keys.__getitem__) for i, queue in queues.items()}
-        for key, g in sorted((keys[g], g) for g, group in groups.items() if not group.queued):
+        wanted = {i: self.arrange(view, view.instances[i], queue, keys) for i, queue in queues.items()}
+        for _, g in sorted((keys[g], g) for g, group in groups.items() if not group.queued):
             options = candidates(view, groups[g])
             if options:
-                ahead = {i.index: [o for o in wanted[i.index] if keys[o] < key] for i in options}
+                having = {i.index: self.arrange(view, i, [*wanted[i.index], g], keys) for i in options}
+                ahead = {i: queue[: queue.index(g)] for i, queue in having.items()}
                 choice = self._dispatcher.choose(view, groups[g], options, ahead).index
-                insort(wanted[choice], g, key=keys.__getitem__)
+                wanted[choice] = having[choice]
         if self._steal:
+            staying_s: dict[int, float] = {}
             for instance in view.instances:
                 if instance.up and not wanted[instance.index]:
-                    self._take_over(view, instance, groups, keys, wanted)
+                    self._take_over(view, instance, groups, keys, wanted, staying_s)
         lsos: list[Lso] = []
         for instance in view.instances:
             queue = wanted[instance.index]
             lsos += order_queue(queues[instance.index], queue, instance.index)
             if queue and instance.up:
-                lsos += swap_to_head(view, instance, queue[0])
+                lsos += self.make_way(view, instance, queue)
         return lsos
+
+    def arrange(self, view: ClusterView, instance: InstanceView, queue: Sequence[int], keys: Keys) -> list[int]:
+        """The groups of ``queue`` as the instance should run them."""
+        return sorted(queue, key=keys.__getitem__)
+
+    def make_way(self, view: ClusterView, instance: InstanceView, queue: Sequence[int]) -> list[Lso]:
+        """Operations that let the head of ``queue``, which is not empty, run."""
+        return swap_to_head(view, instance, queue[0])
 
     def _take_over(
         self,
         view: ClusterView,
         idle: InstanceView,
         groups: Mapping[int, GroupView],
-        keys: Mapping[int, tuple[float, int]],
+        keys: Keys,
         wanted: dict[int, list[int]],
+        staying_s: dict[int, float],
     ) -> None:
+        """Move a group to an idle instance; ``staying_s`` remembers when groups would finish where they are."""
         waiting = sorted((keys[g], g, i) for i, queue in wanted.items() for g in queue if groups[g].movable)
         for _, g, i in waiting:
             group = groups[g]
             if not idle.fits(group.model):
                 continue
-            ahead = wanted[i][: wanted[i].index(g)]
-            if completion_s(view, idle, [], group) < completion_s(view, view.instances[i], ahead, group):
+            if g not in staying_s:
+                ahead = wanted[i][: wanted[i].index(g)]
+                staying_s[g] = completion_s(view, view.instances[i], ahead, group)
+            if completion_s(view, idle, [], group) < staying_s[g]:
                 wanted[i].remove(g)
                 wanted[idle.index].append(g)
+                staying_s.clear()
                 return

@@ -2,13 +2,14 @@
 
 No fast-math: results must be the same bits on every run. numba's own cache notices a change of the file a
 function stands in, but not of the files it calls into; here the cache folder carries a digest of every source of
-the package, so that stale machine code is never run.
+this package and of the function's own, so that stale machine code is never run.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -56,15 +57,23 @@ class _Dispatcher(CPUDispatcher):
 
 
 @functools.cache
-def _cache_folder() -> str:
-    package = Path(__file__).parent
+def _cache_folder(package: Path) -> str:
+    """Where the machine code of functions in ``package`` is kept, which may call into this one."""
+    here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.read_bytes())
+    for folder in dict.fromkeys((here, package)):
+        for source in sorted(folder.rglob("*.py")):
+            digest.update(source.read_bytes())
     home = package / "__pycache__"
     if not os.access(package, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlm-env"
     return str(home / f"compiled-{digest.hexdigest()[:12]}")
+
+
+def _package_of(function: Callable[..., object]) -> Path:
+    """The folder of the top-level package that a function stands in; this package's for one in no package."""
+    levels = function.__module__.count(".")
+    return Path(inspect.getfile(function)).parents[levels - 1] if levels else Path(__file__).parent
 
 
 def _jit(function: F, when_absent: Any = None, **options: bool) -> F:
@@ -77,7 +86,7 @@ def _jit(function: F, when_absent: Any = None, **options: bool) -> F:
     dispatcher.when_absent = when_absent
     before = settings.CACHE_DIR
     # numba chooses the folder in this call, and only from this setting.
-    settings.CACHE_DIR = _cache_folder()
+    settings.CACHE_DIR = _cache_folder(_package_of(function))
     try:
         dispatcher.enable_caching()
     finally:

@@ -15,10 +15,13 @@ from typing import Any
 from runners import config, live_config, profile_config, validate_config
 
 BENCHMARKS = {
-    "emulator": ("runners.bench_emulator", config.parse_bench_emulator),
-    "env": ("runners.bench_env", config.parse_bench_env),
+    "emulator": ("runners.bench_emulator", config.parse_bench_emulator, "how fast the emulator runs on this machine"),
+    "env": ("runners.bench_env", config.parse_bench_env, "how fast the env runs on this machine"),
+    "planner": ("runners.bench_planner", config.parse_bench_planner, "how good plans are, against time"),
+    "rwt": ("runners.bench_rwt", config.parse_bench_rwt, "how well waiting times are predicted"),
+    "placement": ("runners.bench_placement", config.parse_bench_placement, "how fast placements are planned"),
 }
-"""Name -> module with a function ``measure(options) -> list[Figure]``, and what parses these options."""
+"""Name -> module with a function ``measure(options) -> list[Figure]``, what parses these options, and a summary."""
 
 
 # What a command needs is imported when it runs: help and mistakes should not wait for numeric libraries.
@@ -40,6 +43,12 @@ def _merge(out: Path) -> None:
     from runners.compare import merge_jobs
 
     merge_jobs(out)
+
+
+def _attainable(options: config.AttainableConfig) -> None:
+    from runners.attainable import report_attainable
+
+    report_attainable(options)
 
 
 def _describe(options: config.WorkloadConfig) -> None:
@@ -142,6 +151,16 @@ COMMANDS = {
             "qlm evaluate planner=qlm workload=azure_conv workload.path=AzureLLMInferenceTrace_conv.csv",
         ),
     ),
+    "attainable": Command(
+        summary="how many requests any policy could serve in time, at most",
+        config_name="attainable",
+        parse=config.parse_attainable,
+        run=_attainable,
+        examples=(
+            "qlm attainable cluster=small workload=w_a workload.arrivals.load=2.0 seeds=3 out=results/bound",
+            "qlm attainable cluster=smoke workload=smoke seeds=3 out=results/first",
+        ),
+    ),
     "workload describe": Command(
         summary="what the requests of a workload look like",
         config_name="workload_describe",
@@ -222,12 +241,12 @@ COMMANDS = {
     ),
     **{
         f"bench {name}": Command(
-            summary=f"how fast the {name} runs on this machine",
+            summary=summary,
             config_name=f"bench_{name}",
             parse=parse_options,
             run=functools.partial(_bench, name),
             examples=(f"qlm bench {name} out=results/bench-{name}",),
         )
-        for name, (_, parse_options) in BENCHMARKS.items()
+        for name, (_, parse_options, summary) in BENCHMARKS.items()
     },
 }

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from planners.spec import PLANNER_NAMES, PlannerSpec, parse_planner
-from qlm_env.spec import ConfigError, PositiveFloat, PositiveInt, ScenarioSpec, Spec, parse
+from qlm_env.spec import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, ScenarioSpec, Spec, parse
 
 Seed = Annotated[int, Field(ge=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+QueueLength = Annotated[int, Field(ge=10)]
 OutPath = Annotated[str, Field(min_length=1)]
 
 
@@ -35,15 +37,11 @@ class WandbTracking(Spec):
 TrackingSpec = Annotated[NoTracking | WandbTracking, Field(discriminator="kind")]
 
 
-class RunOptions(Spec):
-    """The settings of `qlm compare` and `qlm evaluate` beside scenario and planners."""
+class SeedsOptions(Spec):
+    """The settings of `qlm attainable` beside the scenario, and of every command that runs over seeds."""
 
     seeds: tuple[Seed, ...]
     out: OutPath
-    jobs: PositiveInt | None = None
-    """Episodes run at once; ``None`` is one per CPU core."""
-    timeline: bool = True
-    tracking: TrackingSpec = NoTracking()
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -56,6 +54,15 @@ class RunOptions(Spec):
         if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ValueError(problem)
         return tuple(seeds)
+
+
+class RunOptions(SeedsOptions):
+    """The settings of `qlm compare` and `qlm evaluate` beside scenario and planners."""
+
+    jobs: PositiveInt | None = None
+    """Episodes run at once; ``None`` is one per CPU core."""
+    timeline: bool = True
+    tracking: TrackingSpec = NoTracking()
 
 
 class WorkloadOptions(Spec):
@@ -92,6 +99,63 @@ class BenchEnvOptions(BenchOptions):
 
     duration_s: PositiveFloat = 5.0
     """Wall-clock seconds of each measurement."""
+
+
+class BenchRwtOptions(BenchOptions):
+    """The settings of `qlm bench rwt`."""
+
+    device: str = "A100"
+    tp: PositiveInt = 1
+    preset: Literal["w_a", "w_a_13b", "w_a_70b", "w_c"] = "w_a"
+    max_num_seqs: PositiveInt = 48
+    queues: Annotated[tuple[QueueLength, ...], Field(min_length=1)] = (25, 50, 100, 200, 400, 800, 1600)
+    """Requests left waiting when their waiting times are predicted."""
+    histories: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 200)
+    """Requests served before that, beside the first batch."""
+    episodes: PositiveInt = 20
+    """Seeds from ``seed`` on, for every queue and history."""
+    profile_factors: tuple[PositiveFloat, ...] = (0.8, 1.2)
+    """The estimator's step times are also taken as wrong by each of these factors."""
+
+
+class BenchPlacementOptions(BenchOptions):
+    """The settings of `qlm bench placement`."""
+
+    sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16, 64, 1000)
+    """Instances of the clusters."""
+    models: PositiveInt = 10
+    scenarios: PositiveInt = 64
+    problems: PositiveInt = 10
+    """Random problems of every size."""
+    time_limit_s: PositiveFloat = 3.0
+    node_limit: PositiveInt = 1000
+    relative_gap: NonNegativeFloat = 0.005
+    """A placement within this of the bound is good enough."""
+
+
+class BenchPlannerOptions(BenchOptions):
+    """The settings of `qlm bench planner`."""
+
+    families: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = (
+        (6, 1, 1),
+        (7, 3, 3),
+        (20, 4, 3),
+        (40, 8, 5),
+        (100, 16, 5),
+        (200, 64, 8),
+        (400, 64, 10),
+    )
+    """Groups, instances and models of random problems."""
+    problems: PositiveInt = 5
+    """Of every family."""
+    backlog: PositiveFloat = 1.0
+    """Work that waits in random problems, in minutes of all instances together."""
+    search_times_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.2, 1.0, 2.0)
+    bound_time_limit_s: PositiveFloat = 30.0
+    snapshots: bool = True
+    """Also plan problems met in episodes."""
+    large: bool = False
+    """Also plan 2,000 groups on 1,000 instances in a process of its own and tell its peak memory."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +226,26 @@ def _parse_planners(entries: Any) -> dict[str, PlannerSpec]:
 
 
 @dataclass(frozen=True)
+class AttainableConfig:
+    """Workloads to bound, and the folder of their results."""
+
+    scenario: ScenarioSpec
+    seeds: tuple[int, ...]
+    out: Path
+
+
+def parse_attainable(values: Mapping[str, Any]) -> AttainableConfig:
+    """The configuration of `qlm attainable`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    scenario, rest = _split_scenario(values)
+    options = parse(SeedsOptions, rest)
+    return AttainableConfig(scenario, options.seeds, Path(options.out))
+
+
+@dataclass(frozen=True)
 class WorkloadConfig:
     """One workload as one seed and one cluster make it."""
 
@@ -207,3 +291,30 @@ def parse_bench_env(values: Mapping[str, Any]) -> BenchEnvOptions:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
     return parse(BenchEnvOptions, values)
+
+
+def parse_bench_rwt(values: Mapping[str, Any]) -> BenchRwtOptions:
+    """The configuration of `qlm bench rwt`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchRwtOptions, values)
+
+
+def parse_bench_placement(values: Mapping[str, Any]) -> BenchPlacementOptions:
+    """The configuration of `qlm bench placement`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchPlacementOptions, values)
+
+
+def parse_bench_planner(values: Mapping[str, Any]) -> BenchPlannerOptions:
+    """The configuration of `qlm bench planner`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchPlannerOptions, values)

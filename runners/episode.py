@@ -7,6 +7,7 @@ through the functions here.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from planners.spec import PlannerSpec
 from qlm_env.env import QLMEnv
 from qlm_env.requests import RequestTable
 from qlm_env.scenario import Episodes
-from qlm_env.spec import ScenarioSpec
+from qlm_env.spec import EnvironmentSpec, ScenarioSpec
 
 PLANNER_STREAM = 1000
 """Spawn key of a planner's random stream, apart from those of the workload."""
@@ -40,6 +41,8 @@ class EpisodeResult:
     """The environment's ``info["metrics"]`` at the end of the episode."""
     workload_hash: str
     """Identifies the request table, whatever the planner did with it."""
+    planner_statistics: Mapping[str, int]
+    """What the planner counted (:meth:`planners.base.Planner.statistics`)."""
     decision_ms: NDArray[np.float64] = field(repr=False)
     """Wall-clock time of each decision of the planner, in milliseconds, shape (decisions,)."""
     wall_s: float
@@ -80,7 +83,7 @@ def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, time
         scenario.cluster.model_dump(),
         scenario.workload.model_dump(),
         scenario.slo.model_dump(),
-        scenario.environment.model_dump(),
+        _environment(scenario, planner).model_dump(),
         timeline=timeline,
     )
     policy = make_planner(planner)
@@ -96,4 +99,15 @@ def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, time
         decision_ms.append(1e3 * (time.perf_counter() - begin))
         info = env.step_plan(lsos)[-1]
     wall_s = time.perf_counter() - start
-    return EpisodeResult(info["metrics"], workload_hash, np.array(decision_ms), wall_s, env.timeline)
+    return EpisodeResult(
+        info["metrics"], workload_hash, policy.statistics(), np.array(decision_ms), wall_s, env.timeline
+    )
+
+
+def _environment(scenario: ScenarioSpec, planner: PlannerSpec) -> EnvironmentSpec:
+    """The environment, with the planner's own decision time where a fixed one is charged."""
+    environment = scenario.environment
+    charged = environment.decision_time
+    if charged.mode != "fixed" or planner.decision_s is None:
+        return environment
+    return environment.model_copy(update={"decision_time": charged.model_copy(update={"fixed_s": planner.decision_s})})

@@ -97,6 +97,7 @@ def make_row(key: EpisodeKey, result: EpisodeResult) -> dict[str, Any]:
         "workload_hash": result.workload_hash,
         "backend": result.backend,
         **_flatten(result.metrics),
+        **_flatten({"planner_statistics": result.planner_statistics}),
         "decision_p50_ms": float(np.percentile(decisions, 50)) if decisions.size else np.nan,
         "decision_p99_ms": float(np.percentile(decisions, 99)) if decisions.size else np.nan,
         "wall_s": result.wall_s,

@@ -75,7 +75,7 @@ def differences(rows: pd.DataFrame) -> dict[str, Interval]:
     }
     baseline, *others = scores
     return {
-        planner: paired_difference(scores[planner], scores[baseline], _rng())
+        planner: paired_difference(scores[planner], scores[baseline], bootstrap_rng())
         for planner in others
         if scores[planner].keys() & scores[baseline].keys()
     }
@@ -86,10 +86,11 @@ def _triple(scores: pd.Series) -> dict[str, float | None]:
     known = scores.dropna().to_numpy(dtype=np.float64)
     if known.size == 0:
         return dict.fromkeys(Interval._fields)
-    return bootstrap_interval([known], _rng())._asdict()
+    return bootstrap_interval([known], bootstrap_rng())._asdict()
 
 
-def _rng() -> np.random.Generator:
+def bootstrap_rng() -> np.random.Generator:
+    """The generator each interval starts from."""
     return np.random.default_rng(np.random.SeedSequence(BOOTSTRAP_SEED))
 
 

@@ -14,7 +14,7 @@ from qlm_env.compiled import compiled, kernel
 
 
 def test_a_kernel_is_compiled_once_for_numbers_of_any_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cache_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(module, "_cache_folder", lambda package: str(tmp_path))
 
     @kernel
     def scaled(x: float, times: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from planners.qlm.cost import hold_cost, queue_cost
+from planners.qlm.cost import cost_from, hold_cost, queue_cost
 from planners.qlm.problem import Float, Int, Problem
 from qlm_env.compiled import compiled, kernel
 
@@ -44,16 +44,33 @@ def _insert_cheapest(problem: Problem, sequence: Int, length: Int, costs: Float,
     for i in range(num_instances):
         if not problem.allowed[g, i]:
             continue
-        for position in range(length[i] if at_end else 0, length[i] + 1):
-            _insert(sequence, length, i, position, g)
-            added = queue_cost(problem, i, sequence[i], length[i]) - costs[i]
-            _remove(sequence, length, i, position)
+        queue = sequence[i]
+        end = length[i]
+        first = end if at_end else 0
+        queue[end] = g
+        for position in range(end, first - 1, -1):
+            if position < end:
+                queue[position + 1] = queue[position]
+                queue[position] = g
+            limit = costs[i] + best_added
+            added = cost_from(problem, i, queue, 0, end + 1, problem.ready_s[i], problem.drain_s[i], limit) - costs[i]
             if added < best_added:
                 best_added = added
                 best_i = i
                 best_position = position
+        for k in range(first, end):
+            queue[k] = queue[k + 1]
     _insert(sequence, length, best_i, best_position, g)
     costs[best_i] += best_added if best_added < math.inf else 0.0
+
+
+@kernel
+def _end_of_batch(problem: Problem, i: int, queue: Int, length: int, model: int) -> int:
+    """The position behind the last group of a model in a queue, else the front where it is loaded, else the end."""
+    for k in range(length - 1, -1, -1):
+        if problem.model[queue[k]] == model:
+            return k + 1
+    return 0 if problem.start_model[i] == model else length
 
 
 @compiled
@@ -76,6 +93,36 @@ def insert_all(problem: Problem, order: Int, at_end: bool, sequence: Int, length
     evaluate(problem, sequence, length, costs)
     for g in order:
         _insert_cheapest(problem, sequence, length, costs, g, at_end)
+    return evaluate(problem, sequence, length, costs)
+
+
+@compiled
+def insert_batched(problem: Problem, order: Int, sequence: Int, length: Int, costs: Float) -> float:
+    """List scheduling that avoids swaps: a group joins the last batch of its model in a queue, else goes to the end.
+
+    Of the queues, it takes the one where it adds least.
+
+    Returns:
+        the plan's cost.
+    """
+    num_instances = len(length) - 1
+    evaluate(problem, sequence, length, costs)
+    for g in order:
+        best_added = math.inf
+        best_i = num_instances
+        best_position = length[num_instances]
+        for i in range(num_instances):
+            if problem.allowed[g, i]:
+                position = _end_of_batch(problem, i, sequence[i], length[i], problem.model[g])
+                _insert(sequence, length, i, position, g)
+                added = queue_cost(problem, i, sequence[i], length[i]) - costs[i]
+                _remove(sequence, length, i, position)
+                if added < best_added:
+                    best_added = added
+                    best_i = i
+                    best_position = position
+        _insert(sequence, length, best_i, best_position, g)
+        costs[best_i] += best_added if best_added < math.inf else 0.0
     return evaluate(problem, sequence, length, costs)
 
 

@@ -1,80 +1,134 @@
-"""What a virtual queue costs: expected SLO misses, delay, and the service lost to swaps.
+"""What a virtual queue costs: SLO misses or lateness, delay, and the service lost to swaps.
 
-A request misses with probability ``Phi((c - d)/sigma)``: ``c`` its expected completion, ``d`` its deadline, ``sigma``
-from the spread of output lengths over its latency and a share of its waiting time. Along a group, waiting and
-deadlines run linearly from the first request to the last, and three points stand for all.
+With ``c`` a request's expected completion, ``d`` its deadline and ``sigma`` the standard deviation of its completion,
+from the spread of output lengths over its latency and a share of its waiting time, ``u = (c - d)/sigma`` and ``w`` its
+weight, a request costs
+
+- MISS: the probability to miss, ``w*Phi(u)``;
+- LATENESS: the expected lateness, ``w*sigma*(phi(u) + u*Phi(u))`` for a normal completion;
+- CHANCE: ``w`` unless it is met with the asked confidence, ``P(C <= d) >= confidence``, which is a deadline made
+  earlier by a quantile: ``c + Phi^-1(confidence)*sigma <= d``;
+- POINT: ``w`` if ``c > d``, as without a distribution.
+
+Along a group, waiting and deadlines run linearly from the first request to the last, and three points stand for all.
 """
 
 from __future__ import annotations
 
 import math
 
-from planners.qlm.problem import DELAY_COST_PER_S, Int, Problem
-from qlm_env.compiled import compiled, kernel
+from planners.qlm.problem import CHANCE, DELAY_COST_PER_S, LATENESS, POINT, Int, Problem
+from qlm_env.compiled import compiled, inlined, kernel
 
 WAIT_ERROR = 0.15
 """Standard deviation of a waiting time's estimate, relative."""
 MIN_STD_S = 0.5
+CERTAIN_STDS = 6.5
+"""So many standard deviations from its deadline (a probability of 4e-11) a request is sure to meet or miss it."""
+SQRT_2 = 1.4142135623730951
+SQRT_2_PI = 2.5066282746310002
 
 
-@kernel
-def miss_probability(completion_s: float, deadline_s: float, std_s: float) -> float:
-    """Normal tail, ``P(C > d)``."""
-    return 0.5 * math.erfc((deadline_s - completion_s) / (std_s * 1.4142135623730951))
+@inlined
+def request_cost(form: int, confidence: float, late_s: float, variance_s2: float) -> float:
+    """Cost, per unit of weight, of a request expected ``late_s`` after its deadline (negative: before)."""
+    if form == POINT:
+        return 1.0 if late_s > 0.0 else 0.0
+    if late_s * late_s > CERTAIN_STDS * CERTAIN_STDS * variance_s2:
+        if late_s < 0.0:
+            return 0.0
+        return late_s if form == LATENESS else 1.0
+    std_s = math.sqrt(variance_s2)
+    u = late_s / std_s
+    missed = 0.5 * math.erfc(-u / SQRT_2)
+    if form == LATENESS:
+        return std_s * (math.exp(-0.5 * u * u) / SQRT_2_PI + u * missed)
+    if form == CHANCE:
+        return 1.0 if missed > 1.0 - confidence else 0.0
+    return missed
 
 
-@kernel
+@inlined
 def group_cost(problem: Problem, g: int, first_wait_s: float, last_wait_s: float, latency_s: float) -> float:
-    """Expected weighted misses and delay of a group whose requests wait from ``first_wait_s`` to ``last_wait_s``."""
-    misses = 0.0
-    delay_s = 0.0
+    """Cost of a group whose requests wait from ``first_wait_s`` to ``last_wait_s``."""
+    spread_s = latency_s * problem.output_cv[g]
+    own_variance_s2 = spread_s * spread_s + MIN_STD_S * MIN_STD_S
+    cost = 0.0
     for point in (1.0 / 6.0, 0.5, 5.0 / 6.0):
         wait_s = first_wait_s + point * (last_wait_s - first_wait_s)
-        slack_s = problem.first_slack_s[g] + point * (problem.last_slack_s[g] - problem.first_slack_s[g])
-        spread_s = latency_s * problem.output_cv[g]
-        std_s = math.sqrt(spread_s * spread_s + (WAIT_ERROR * wait_s) ** 2 + MIN_STD_S * MIN_STD_S)
-        misses += miss_probability(wait_s + latency_s, slack_s, std_s) / 3.0
-        delay_s += (wait_s + latency_s) / 3.0
-    return problem.requests[g] * (problem.weight[g] * misses + DELAY_COST_PER_S * delay_s)
+        slack_s = (1.0 - point) * problem.first_slack_s[g] + point * problem.last_slack_s[g]
+        error_s = WAIT_ERROR * wait_s
+        cost += request_cost(
+            problem.form, problem.confidence, wait_s + latency_s - slack_s, own_variance_s2 + error_s * error_s
+        )
+    delay_s = 0.5 * (first_wait_s + last_wait_s) + latency_s
+    return problem.requests[g] * (problem.weight[g] * cost / 3.0 + DELAY_COST_PER_S * delay_s)
+
+
+@inlined
+def serve_run(
+    problem: Problem, i: int, sequence: Int, k: int, length: int, time_s: float, drain_s: float
+) -> tuple[int, float, float, float]:
+    """Instance ``i`` serves the run of one model that starts at ``sequence[k]``, after a swap if it needs one.
+
+    Args:
+        time_s: when the run before it started.
+        drain_s: how long after that its batch has drained.
+
+    Returns:
+        where the run ends, ``time_s`` and ``drain_s`` of this run, and its cost.
+    """
+    model = problem.start_model[i] if k == 0 else problem.model[sequence[k - 1]]
+    run_model = problem.model[sequence[k]]
+    present = problem.present[i] if k == 0 else 0.0
+    cost = 0.0
+    if run_model != model:
+        swap_s = problem.load_s[i, run_model]
+        if model >= 0:
+            swap_s += problem.unload_s[i, model]
+        cost = problem.swap_cost[i] * (0.5 * drain_s + swap_s)
+        time_s += drain_s + swap_s
+        present = 0.0
+    end = k
+    in_run = present
+    while end < length and problem.model[sequence[end]] == run_model:
+        in_run += problem.requests[sequence[end]]
+        end += 1
+    wait_s = 0.0
+    for position in range(k, end):
+        g = sequence[position]
+        full = problem.batch[g, i]
+        # Every request of the run shares the batch, so those behind slow down those ahead.
+        latency_s = problem.latency_s[g, i] + problem.latency_growth_s[g, i] * (min(full, in_run) - 1.0)
+        first_wait_s = max(wait_s, (present + 1.0 - full) * problem.interval_s[g, i])
+        present += problem.requests[g]
+        wait_s = max(first_wait_s, (present - full) * problem.interval_s[g, i])
+        cost += group_cost(problem, g, time_s + first_wait_s, time_s + wait_s, latency_s)
+        drain_s = wait_s + latency_s
+    return end, time_s, drain_s, cost
+
+
+@kernel
+def cost_from(
+    problem: Problem, i: int, sequence: Int, k: int, length: int, time_s: float, drain_s: float, limit: float
+) -> float:
+    """Cost of ``sequence[k:length]`` behind ``sequence[:k]``, of which a run ends at ``k``.
+
+    Args:
+        time_s, drain_s: as :func:`serve_run` takes and gives them.
+        limit: a cost at which the rest is not looked at any more; costs only add up.
+    """
+    cost = 0.0
+    while k < length and cost < limit:
+        k, time_s, drain_s, added = serve_run(problem, i, sequence, k, length, time_s, drain_s)
+        cost += added
+    return cost
 
 
 @kernel
 def queue_cost(problem: Problem, i: int, sequence: Int, length: int) -> float:
     """Cost of instance ``i`` working off ``sequence[:length]`` in order, from its present model and batch."""
-    time_s = problem.ready_s[i]
-    model = problem.start_model[i]
-    present = problem.present[i]
-    drain_s = problem.drain_s[i]
-    cost = 0.0
-    k = 0
-    while k < length:
-        run_model = problem.model[sequence[k]]
-        if run_model != model:
-            swap_s = problem.load_s[i, run_model]
-            if model >= 0:
-                swap_s += problem.unload_s[i, model]
-            time_s += drain_s + swap_s
-            cost += problem.swap_cost[i] * (0.5 * drain_s + swap_s)
-            model = run_model
-            present = 0.0
-        end = k
-        in_run = present
-        while end < length and problem.model[sequence[end]] == model:
-            in_run += problem.requests[sequence[end]]
-            end += 1
-        wait_s = 0.0
-        for position in range(k, end):
-            g = sequence[position]
-            full = problem.batch[g, i]
-            # Every request of the run shares the batch, so those behind slow down those ahead.
-            latency_s = problem.latency_s[g, i] + problem.latency_growth_s[g, i] * (min(full, in_run) - 1.0)
-            first_wait_s = max(wait_s, (present + 1.0 - full) * problem.interval_s[g, i])
-            present += problem.requests[g]
-            wait_s = max(first_wait_s, (present - full) * problem.interval_s[g, i])
-            cost += group_cost(problem, g, time_s + first_wait_s, time_s + wait_s, latency_s)
-            drain_s = wait_s + latency_s
-        k = end
-    return cost
+    return cost_from(problem, i, sequence, 0, length, problem.ready_s[i], problem.drain_s[i], math.inf)
 
 
 @kernel

@@ -6,18 +6,29 @@ admission interval for each request beyond a full batch, and a request's latency
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planners.rwt import full_batch, remaining_s, service_of_batch
 from planners.spec import QlmSpec
-from qlm_env.view import ClusterView, GroupView
+from qlm_env.view import ClusterView, GroupView, OutputStatistics
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int32]
 Flag = NDArray[np.bool_]
+
+Outputs: TypeAlias = Callable[[ClusterView, GroupView], OutputStatistics]
+"""What is known of the output lengths of a group's requests."""
+
+MISS, LATENESS, CHANCE, POINT = range(4)
+FORMS = {"miss": MISS, "lateness": LATENESS, "chance": CHANCE, "point": POINT}
+"""What a request costs, by the name it has in settings; see :mod:`planners.qlm.cost`."""
+
+FARTHEST_S = 1e9
+"""Deadlines are at most so far away, so that differences of them stay numbers."""
 
 
 class Problem(NamedTuple):
@@ -26,7 +37,7 @@ class Problem(NamedTuple):
     requests: Float
     """(K,) waiting requests of each group"""
     weight: Float
-    """(K,) of one request"""
+    """(K,) of one request; with LATENESS, of one request that is a second late"""
     first_slack_s: Float
     """(K,) time to the deadline of the group's first waiting request"""
     last_slack_s: Float
@@ -63,27 +74,41 @@ class Problem(NamedTuple):
     """(I,) requests' worth of one second in which an instance serves nothing"""
     hold_s: float
     """time that a group in no queue waits, at least: until it is looked at again, and for all other work"""
+    form: int
+    """MISS, LATENESS, CHANCE or POINT"""
+    confidence: float
+    """CHANCE: the probability with which a request must meet its deadline"""
 
 
 DELAY_COST_PER_S = 2e-5
 """Cost of one request finishing a second later while its SLO is safe: enough to break ties, no more."""
 
 
-def make_problem(view: ClusterView, groups: list[GroupView], spec: QlmSpec, idle_s: Float) -> Problem:
+def class_outputs(view: ClusterView, group: GroupView) -> OutputStatistics:
+    """Finished requests of the same model, SLO class and length cluster, and the prior."""
+    return view.group_output(group)
+
+
+def make_problem(
+    view: ClusterView, groups: list[GroupView], spec: QlmSpec, idle_s: Float, outputs: Outputs = class_outputs
+) -> Problem:
     """The problem of ``groups`` (at least one) on the cluster as it is; ``idle_s`` (I,) as in :class:`Problem`."""
     instances = view.instances
     models = np.array([g.model for g in groups], np.int32)
     placement = view.placements[:, models].T
-    outputs = [view.group_output(g) for g in groups]
+    expected = [outputs(view, g) for g in groups]
     prompt = np.array([g.mean_prompt_tokens for g in groups])[:, None]
-    mean = np.array([o.mean_tokens for o in outputs])[:, None]
-    variance = np.array([o.variance_tokens2 for o in outputs])[:, None]
+    mean = np.array([o.mean_tokens for o in expected])[:, None]
+    variance = np.array([o.variance_tokens2 for o in expected])[:, None]
     engine = view.scenario.cluster.engine
     batch = full_batch(engine, placement, prompt, mean, variance)
     full = service_of_batch(placement, batch, prompt, mean)
     alone = service_of_batch(placement, np.ones_like(batch), prompt, mean)
     fits = placement["num_blocks"] > 0
-    allowed = np.array([[i.up and (g.movable or g.instance == i.index) for i in instances] for g in groups]) & fits
+    movable = [g.movable and (spec.balance or not g.queued) for g in groups]
+    up = np.array([i.up for i in instances])
+    home = np.array([-1 if g.instance is None else g.instance for g in groups])
+    allowed = fits & up & (np.array(movable)[:, None] | (home[:, None] == np.arange(len(instances))))
     serving = [i.serving_model for i in instances]
     steady = np.array([0.0 if i.coming_model is not None else 1.0 for i in instances])
     now_s = view.now_s
@@ -92,16 +117,20 @@ def make_problem(view: ClusterView, groups: list[GroupView], spec: QlmSpec, idle
     loading_s = np.array([i.loading_left_s for i in instances])
     rate = np.where(allowed, 1.0 / np.where(allowed, full.interval_s, 1.0), 0.0)
     requests = np.array([float(g.waiting) for g in groups])
+    weight = np.array([classes[g.slo_class].weight for g in groups])
+    if spec.cost == "lateness":
+        # Lateness counts in targets, so that an hour late for a target of an hour is as bad as a minute for a minute.
+        weight = weight / np.array([g.target_s for g in groups])
     # Were the whole backlog spread over the instances that may take it.
     backlog_s = float((requests / np.maximum(rate.sum(axis=1), 1e-9))[allowed.any(axis=1)].sum())
     present = steady * np.array([float(i.num_running + i.engine_queue_length) for i in instances])
     # A swap displaces other work only as far as there is some.
     busy = np.minimum(1.0, present / np.where(allowed, batch, np.inf).min(axis=0))
-    return Problem(
+    problem = Problem(
         requests=requests,
-        weight=np.array([classes[g.slo_class].weight for g in groups]),
-        first_slack_s=np.array([g.deadline_s - now_s for g in groups]),
-        last_slack_s=np.array([g.last_deadline_s - now_s for g in groups]),
+        weight=weight,
+        first_slack_s=np.clip([g.deadline_s - now_s for g in groups], -FARTHEST_S, FARTHEST_S),
+        last_slack_s=np.clip([g.last_deadline_s - now_s for g in groups], -FARTHEST_S, FARTHEST_S),
         model=models,
         output_cv=np.sqrt(variance[:, 0]) / mean[:, 0],
         allowed=allowed,
@@ -119,4 +148,37 @@ def make_problem(view: ClusterView, groups: list[GroupView], spec: QlmSpec, idle
         idle_s=idle_s,
         swap_cost=spec.swap_weight * rate.max(axis=0) * busy,
         hold_s=spec.hold_s + backlog_s,
+        form=FORMS[spec.cost],
+        confidence=spec.confidence,
+    )
+    # Compiled functions are compiled for one layout of every array.
+    return Problem._make(np.ascontiguousarray(v) if isinstance(v, np.ndarray) else v for v in problem)
+
+
+def smallest_problem() -> Problem:
+    """One group and one instance: to have what works on problems compiled before time counts."""
+    one, square, zero = np.ones(1), np.ones((1, 1)), np.zeros(1, np.int32)
+    return Problem(
+        requests=one,
+        weight=one,
+        first_slack_s=one,
+        last_slack_s=one,
+        model=zero,
+        output_cv=one,
+        allowed=square.astype(np.bool_),
+        interval_s=square,
+        batch=square,
+        latency_s=square,
+        latency_growth_s=square,
+        start_model=zero,
+        ready_s=one,
+        present=one,
+        drain_s=one,
+        load_s=square,
+        unload_s=square,
+        idle_s=one,
+        swap_cost=one,
+        hold_s=1.0,
+        form=MISS,
+        confidence=0.5,
     )

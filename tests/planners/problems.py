@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planners.qlm.problem import Problem
+from planners.qlm.problem import MISS, Problem
 
 
 def random_problem(rng: np.random.Generator, num_groups: int, num_instances: int, num_models: int = 3) -> Problem:
@@ -34,4 +34,6 @@ def random_problem(rng: np.random.Generator, num_groups: int, num_instances: int
         idle_s=rng.choice([0.0, 30.0], num_instances),
         swap_cost=rng.uniform(0, 1, num_instances),
         hold_s=10.0,
+        form=MISS,
+        confidence=0.9,
     )

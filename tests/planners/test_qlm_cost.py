@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
 
 from planners.qlm.construct import evaluate, improve, insert_all
 from planners.qlm.cost import MIN_STD_S, WAIT_ERROR, cost_of_holding, cost_of_queue
-from planners.qlm.planner import Plan
-from planners.qlm.problem import DELAY_COST_PER_S, Problem
+from planners.qlm.heuristics import batched_edf_plan, by_deadline, edf_plan
+from planners.qlm.plan import Plan
+from planners.qlm.problem import CHANCE, DELAY_COST_PER_S, LATENESS, MISS, POINT, Problem
 from tests.planners.problems import random_problem
 
 
@@ -19,15 +21,32 @@ def normal_cdf(x: float) -> float:
     return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
 
 
+def normal_density(x: float) -> float:
+    return math.exp(-x * x / 2.0) / math.sqrt(2.0 * math.pi)
+
+
+def plain_request_cost(problem: Problem, late_s: float, std_s: float) -> float:
+    u = late_s / std_s
+    if problem.form == MISS:
+        return normal_cdf(u)
+    if problem.form == LATENESS:
+        return std_s * (normal_density(u) + u * normal_cdf(u))
+    if problem.form == CHANCE:
+        # An earlier deadline, by a quantile of the completion.
+        return float(late_s + statistics.NormalDist().inv_cdf(problem.confidence) * std_s > 0)
+    assert problem.form == POINT
+    return float(late_s > 0)
+
+
 def plain_group_cost(problem: Problem, g: int, first_s: float, last_s: float, latency_s: float) -> float:
-    misses, delays = [], []
+    costs, delays = [], []
     for point in (1 / 6, 1 / 2, 5 / 6):
         wait_s = first_s + point * (last_s - first_s)
         deadline_s = problem.first_slack_s[g] + point * (problem.last_slack_s[g] - problem.first_slack_s[g])
         std_s = math.hypot(math.hypot(latency_s * problem.output_cv[g], WAIT_ERROR * wait_s), MIN_STD_S)
-        misses.append(normal_cdf((wait_s + latency_s - deadline_s) / std_s))
+        costs.append(plain_request_cost(problem, wait_s + latency_s - deadline_s, std_s))
         delays.append(wait_s + latency_s)
-    expected = problem.weight[g] * np.mean(misses) + DELAY_COST_PER_S * np.mean(delays)
+    expected = problem.weight[g] * np.mean(costs) + DELAY_COST_PER_S * np.mean(delays)
     return float(problem.requests[g] * expected)
 
 
@@ -55,14 +74,15 @@ def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
     return cost
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_queue_cost_agrees_with_the_plain_version(seed: int) -> None:
+@pytest.mark.parametrize("form", [MISS, LATENESS, CHANCE, POINT])
+@pytest.mark.parametrize("seed", range(15))
+def test_queue_cost_agrees_with_the_plain_version(form: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    problem = random_problem(rng, 8, 3)
+    problem = random_problem(rng, 8, 3)._replace(form=form)
     for i in range(3):
         queue = rng.permutation(8)[: rng.integers(0, 9)].astype(np.int32)
         expected = plain_queue_cost(problem, i, queue.tolist())
-        assert cost_of_queue(problem, i, queue) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert cost_of_queue(problem, i, queue) == pytest.approx(expected, rel=1e-9, abs=1e-8)
 
 
 def test_a_swap_delays_what_comes_after_it() -> None:
@@ -133,3 +153,60 @@ def test_insertion_and_improvement_come_close_to_the_optimum() -> None:
         ratios.append(total / best)
     assert np.median(ratios) < 1.01
     assert max(ratios) < 1.2
+
+
+def one_request(form: int, **changes: object) -> Problem:
+    """One request, alone on an idle instance, that takes 10 s with a deadline in 12 s."""
+    problem = random_problem(np.random.default_rng(0), 1, 1, num_models=1)
+    problem.start_model[:] = 0
+    problem.requests[:] = problem.weight[:] = 1.0
+    problem.ready_s[:] = problem.present[:] = problem.drain_s[:] = 0.0
+    problem.latency_s[:] = 10.0
+    problem.first_slack_s[:] = problem.last_slack_s[:] = 12.0
+    problem.output_cv[:] = 0.2
+    return problem._replace(form=form, **changes)
+
+
+def cost_without_delay(problem: Problem) -> float:
+    return cost_of_queue(problem, 0, np.array([0], np.int32)) - 10.0 * DELAY_COST_PER_S
+
+
+def test_forms_value_one_request_as_their_definitions_say() -> None:
+    std_s = math.hypot(2.0, MIN_STD_S)
+    missed = normal_cdf(-2.0 / std_s)
+    assert cost_without_delay(one_request(MISS)) == pytest.approx(missed)
+    draws = np.random.default_rng(0).normal(10.0, std_s, 400_000)
+    assert cost_without_delay(one_request(LATENESS)) == pytest.approx(np.maximum(0, draws - 12).mean(), rel=0.02)
+    # It is met with probability 0.834.
+    assert 1.0 - missed == pytest.approx(0.834, abs=1e-3)
+    assert cost_without_delay(one_request(CHANCE, confidence=0.8)) == pytest.approx(0.0)
+    assert cost_without_delay(one_request(CHANCE, confidence=0.9)) == pytest.approx(1.0)
+    point = one_request(POINT)
+    assert cost_without_delay(point) == pytest.approx(0.0)
+    point.first_slack_s[:] = point.last_slack_s[:] = 9.9
+    assert cost_without_delay(point) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("form", [MISS, LATENESS, CHANCE, POINT])
+def test_deadlines_long_past_or_never_are_numbers(form: int) -> None:
+    problem = one_request(form)
+    for slack_s in (np.inf, 1e9):
+        problem.first_slack_s[:] = problem.last_slack_s[:] = slack_s
+        assert cost_without_delay(problem) == pytest.approx(0.0)
+    problem.first_slack_s[:] = problem.last_slack_s[:] = -1e9
+    assert cost_without_delay(problem) == pytest.approx(1e9 + 10 if form == LATENESS else 1.0)
+
+
+def test_batched_edf_swaps_less_than_edf() -> None:
+    problem = random_problem(np.random.default_rng(1), 30, 2, num_models=3)
+
+    def swaps(plan: Plan) -> int:
+        models = [[int(problem.model[g]) for g in plan.queue(i)] for i in range(2)]
+        return sum(a != b for queue in models for a, b in itertools.pairwise(queue))
+
+    batched = batched_edf_plan(problem)
+    assert sorted(batched.queue(0) + batched.queue(1)) == list(range(30))
+    # A queue holds one batch of each model.
+    assert swaps(batched) <= 4
+    assert swaps(edf_plan(problem)) > 4
+    assert swaps(edf_plan(problem)) == swaps(build(problem, by_deadline(problem).tolist(), at_end=True))

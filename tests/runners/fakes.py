@@ -64,6 +64,7 @@ def episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline
     return EpisodeResult(
         metrics=metrics(0.5 + PLANNER_BONUS[planner.name] + 0.01 * seed),
         workload_hash=f"{scenario.workload.name}-{seed}",
+        planner_statistics={"solves": 2},
         decision_ms=np.array([1.0, 2.0, 3.0, 4.0]),
         wall_s=0.25,
         timeline=FakeTimeline() if timeline else None,
@@ -79,7 +80,14 @@ def episode_of_planner_dependent_workload(
 ) -> EpisodeResult:
     """What must never happen: the planner's choices change the requests."""
     result = episode(scenario, planner, seed, timeline=timeline)
-    return EpisodeResult(result.metrics, f"{planner.name}-{seed}", result.decision_ms, result.wall_s, result.timeline)
+    return EpisodeResult(
+        result.metrics,
+        f"{planner.name}-{seed}",
+        result.planner_statistics,
+        result.decision_ms,
+        result.wall_s,
+        result.timeline,
+    )
 
 
 def failing_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:

@@ -131,11 +131,12 @@ def test_shipped_clusters_have_profiles_and_the_sizes_they_claim(configure: Conf
 
 
 def test_every_planner_has_a_file_named_after_it() -> None:
-    assert set(group_options("planner")) == set(PLANNER_NAMES)
+    assert set(group_options("planner")) >= set(PLANNER_NAMES)
     for name in group_options("planner"):
         values = yaml.safe_load((CONFIGS / "planner" / f"{name}.yaml").read_text())
         assert list(values) == [name]
-        assert values[name]["name"] == name
+        # The others are QLM with something left out or costed otherwise.
+        assert values[name]["name"] == (name if name in PLANNER_NAMES else "qlm")
 
 
 def test_files_that_spell_out_defaults_agree_with_the_code(configure: Configure) -> None:
