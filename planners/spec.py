@@ -115,7 +115,7 @@ class QlmSpec(PlannerSettings):
     """Of SCIP, with ``polish``."""
     window_groups: PositiveInt = 48
     """Most urgent groups that are planned; the rest is appended in order of deadline."""
-    replan_interval_s: NonNegativeFloat = 5.0
+    replan_interval_s: NonNegativeFloat = 1.0
     """Least emulated time between two solves; between them new groups are inserted greedily."""
     evict: bool = True
     keep_kv: bool = True

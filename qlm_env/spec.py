@@ -322,7 +322,7 @@ class GroupingSpec(Spec):
 
     delta: PositiveFloat = 1.0
     typical_request_tokens: PositiveInt = 1024
-    max_clusters: Annotated[int, Field(ge=1, le=16)] = 3
+    max_clusters: Annotated[int, Field(ge=1, le=16)] = 1
     """Length clusters of a model and class; 1 keeps all lengths together."""
     min_variance_cut: Annotated[float, Field(gt=0, lt=1)] = 0.8
     recluster_requests: PositiveInt = 200

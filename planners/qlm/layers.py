@@ -32,7 +32,7 @@ HEURISTICS: tuple[tuple[str, Callable[[Problem], Plan]], ...] = (
     ("batched_edf", batched_edf_plan),
     ("insertion", inserted_plan),
 )
-LEAST_GAIN = 1e-3
+LEAST_GAIN = 5e-2
 """A new plan must be cheaper than the present one by this share, so that plans do not flicker."""
 SEARCH_SHARE = 0.6
 """Of the time left, the search may take so much if SCIP comes after it."""
