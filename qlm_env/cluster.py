@@ -173,15 +173,18 @@ def make_world(
     logging: bool,
     prefixes: PromptPrefixes = NO_PREFIXES,
     profile_folder: Path | None = None,
+    fleet: Fleet | None = None,
 ) -> World:
     """A fresh episode of ``scenario`` on ``requests``, whose state is reset.
 
     Args:
         logging: keep the event log that timelines are drawn from.
         prefixes: which prompts begin alike, for engines with prefix caching.
+        fleet: what :func:`make_cluster` gives for the scenario, still untouched, to save making it.
     """
     reset_state(requests)
-    fleet = make_cluster(scenario.cluster, scenario.workload.models, profile_folder)
+    if fleet is None:
+        fleet = make_cluster(scenario.cluster, scenario.workload.models, profile_folder)
     fleet = size_prefix_cache(fleet, requests, prefixes)
     classes = scenario.slo.classes
     weights = np.array([c.weight for c in classes])

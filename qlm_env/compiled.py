@@ -115,6 +115,11 @@ def inlined(function: F) -> F:
     return _jit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
+def inlined_and_compiled(function: F) -> F:
+    """As :func:`inlined`, for a function that Python calls too."""
+    return _jit(function, forceinline=True)
+
+
 def _nothing(*arguments: object) -> int:
     return 0
 

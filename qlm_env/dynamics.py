@@ -35,7 +35,7 @@ from qlm_env.backends.emulator.residency import (
     start_swap,
 )
 from qlm_env.backends.emulator.state import EVICT_KEEP, NEVER, NO_EVICTION, Fleet
-from qlm_env.compiled import compiled, kernel
+from qlm_env.compiled import compiled, inlined, kernel
 from qlm_env.queueing.groups import Queues, give_back, join, note_finished, take_first
 from qlm_env.queueing.virtual_queues import link_after, place, unlink
 from qlm_env.requests import (
@@ -222,7 +222,7 @@ def _return_to_group(world: World, r: int) -> None:
         link_after(world.queues, g, group.queue, world.queues.queue[group.queue].head)
 
 
-@kernel
+@inlined
 def _discard_kept_kv(world: World, g: int) -> None:
     """Drop what host memory keeps of the group's waiting requests."""
     r = world.queues.group[g].head
@@ -521,7 +521,7 @@ def advance(world: World, until_s: float, stop_at_epoch: bool) -> int:
 
 
 # --------------------------------------------------------------------------- LSOs
-@kernel
+@inlined
 def balance(world: World, g: int, i: int, front: bool) -> None:
     """Put a group into a virtual queue; KV kept at another host is dropped."""
     if world.queues.group[g].queue != i:

@@ -134,6 +134,7 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             self.timeline = Timeline(self.instance_names, self._model_names)
         self.view = ClusterView(world, self.scenario, self.instance_names)
         self._pass_time(float(requests["arrival_s"][0]), stop_at_epoch=True)
+        self._recluster(world)
         info = self._info(dt=self.now_s, invalid=False) | {"workload_hash": self.workload_hash}
         self._decided_at = time.perf_counter()
         return self._panel.observation(), info
@@ -235,6 +236,9 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             if self.timeline is not None:
                 self.timeline.take_log(world)
                 self.timeline.sample(world)
+
+    def _recluster(self, world: World) -> None:
+        """Find the length clusters anew once enough requests have arrived since the last time."""
         grouping = self._settings.grouping
         arrivals = int(self._clock["next_arrival"])
         if grouping.max_clusters > 1 and arrivals - self._clustered_at_arrival >= grouping.recluster_requests:
@@ -257,6 +261,7 @@ class QLMEnv(gym.Env[Observation, np.int64]):
 
     def _result(self, before_s: float, invalid: bool) -> StepResult:
         world = self._running_world()
+        self._recluster(world)
         clock = self._clock
         terminated = int(clock["finished"] + clock["rejected"]) == len(world.requests)
         truncated = not terminated and self.now_s >= self._horizon_s

@@ -5,7 +5,7 @@ All in one compiled call, because passing a world from Python to compiled code c
 
 from __future__ import annotations
 
-from qlm_env.compiled import compiled
+from qlm_env.compiled import inlined_and_compiled
 from qlm_env.dynamics import World, advance, settle_rest_as_missed
 from qlm_env.lso import ADVANCE, apply_lso, fill_action_mask
 from qlm_env.observation import Panel, observe
@@ -13,7 +13,7 @@ from qlm_env.observation import Panel, observe
 ILLEGAL = -1
 
 
-@compiled
+@inlined_and_compiled
 def decide(
     world: World,
     panel: Panel,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qlm_env.backends.emulator.residency import can_swap, can_warm_start, fits
 from qlm_env.backends.emulator.state import EVICT_DROP, EVICT_KEEP, NO_EVICTION
-from qlm_env.compiled import compiled, kernel
+from qlm_env.compiled import inlined, inlined_and_compiled
 from qlm_env.dynamics import World, balance, stage
 from qlm_env.queueing.virtual_queues import can_place
 from qlm_env.requests import NOWHERE, Int
@@ -93,7 +93,7 @@ Lso: TypeAlias = Advance | Balance | Pull | Evict | SwapModel | WarmStart
 
 
 # --------------------------------------------------------------------------- legality and effect
-@kernel
+@inlined
 def _has_evictable(world: World, i: int) -> bool:
     """Whether something not of the head group is in the engine."""
     head = world.queues.queue[i].head
@@ -104,7 +104,7 @@ def _has_evictable(world: World, i: int) -> bool:
     return bool(engine.queue_head != NOWHERE and world.requests[engine.queue_head].group != head)
 
 
-@compiled
+@inlined_and_compiled
 def is_legal(world: World, verb: int, i: int, subject: int, option: int) -> bool:
     """Whether the operation is allowed in the present state.
 
@@ -147,7 +147,7 @@ def is_legal(world: World, verb: int, i: int, subject: int, option: int) -> bool
     return can_warm_start(world.fleet, i, subject)
 
 
-@compiled
+@inlined_and_compiled
 def apply_lso(world: World, verb: int, i: int, subject: int, option: int) -> bool:
     """Carry out an operation if it is legal. It takes no time; engines act on it when time next passes.
 
@@ -243,7 +243,29 @@ class ActionCodec:
         return SwapModel(instance, model) if verb == SWAP_MODEL else WarmStart(instance, model)
 
 
-@kernel
+@inlined
+def decode_action(action: int, row_groups: Int, num_instances: int, num_models: int) -> tuple[int, int, int, int]:
+    """``ActionCodec.decode(action, row_groups).code()`` for compiled functions; the action is within the space."""
+    rest = action - 1
+    if rest < 0:
+        return ADVANCE, 0, 0, 0
+    if rest < 2 * len(row_groups) * num_instances:
+        target = rest // 2
+        return BALANCE, target % num_instances, row_groups[target // num_instances], rest % 2
+    rest -= 2 * len(row_groups) * num_instances
+    if rest < num_instances:
+        return PULL, rest, 0, 0
+    rest -= num_instances
+    if rest < 2 * num_instances:
+        return EVICT, rest // 2, 0, rest % 2
+    rest -= 2 * num_instances
+    if rest < num_instances * num_models:
+        return SWAP_MODEL, rest // num_models, rest % num_models, 0
+    rest -= num_instances * num_models
+    return WARM_START, rest // num_models, rest % num_models, 0
+
+
+@inlined
 def fill_action_mask(world: World, row_groups: Int, only_advance: bool, mask: NDArray[np.int8]) -> None:
     """Write 1 for every legal action into ``mask``, shape (n,), in the codec's layout, 0 elsewhere.
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qlm_env.backends.emulator.state import NEVER
 from qlm_env.dynamics import World
-from qlm_env.requests import FINISHED, MET, NOWHERE, REJECTED, RequestTable
+from qlm_env.requests import FINISHED, MET, NOWHERE, REJECTED
 
 Metrics = dict[str, Any]
 
@@ -69,8 +69,9 @@ def episode_metrics(world: World, class_names: list[str]) -> Metrics:
     Args:
         class_names: names of the SLO classes, by index.
     """
-    requests = world.requests
-    engine = world.fleet.engine
+    # Plain arrays: their fields are several times faster to read than those of records.
+    requests = world.requests.view(np.ndarray)
+    engine = world.fleet.engine.view(np.ndarray)
     end_s = float(world.clock[0].now_s)
     episode_s = end_s - float(requests["arrival_s"][0])
     finished = requests["state"] == FINISHED
@@ -122,11 +123,21 @@ def _over(amount: float | np.number[Any], episode_s: float) -> float:
 def _percentiles(name: str, seconds: NDArray[np.float64]) -> Metrics:
     if len(seconds) == 0:
         return {f"{name}_p50_s": None, f"{name}_p99_s": None}
-    p50, p99 = np.percentile(seconds, [50, 99])
-    return {f"{name}_p50_s": float(p50), f"{name}_p99_s": float(p99)}
+    ascending = np.sort(seconds)
+    return {f"{name}_p50_s": _quantile(ascending, 0.5), f"{name}_p99_s": _quantile(ascending, 0.99)}
 
 
-def _latencies(finished: RequestTable) -> Metrics:
+def _quantile(ascending: NDArray[np.float64], share: float) -> float:
+    """What ``np.quantile`` gives, bit for bit, at a fraction of its cost: an episode has dozens of quantiles."""
+    place = (len(ascending) - 1) * share
+    below = int(place)
+    low, high = float(ascending[below]), float(ascending[min(below + 1, len(ascending) - 1)])
+    weight = place - below
+    # Weighed from the nearer end.
+    return high - (high - low) * (1 - weight) if weight >= 0.5 else low + (high - low) * weight
+
+
+def _latencies(finished: NDArray[np.void]) -> Metrics:
     """Percentiles over finished requests."""
     arrival_s = finished["arrival_s"]
     later_tokens = finished["output_tokens"] - 1

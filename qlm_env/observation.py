@@ -7,6 +7,7 @@ lengths: expected output is the mean of finished requests of the same model, cla
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from qlm_env.backends.emulator.state import HOST, NO_EVICTION
-from qlm_env.compiled import kernel
+from qlm_env.compiled import inlined, kernel
 from qlm_env.dynamics import World
 from qlm_env.features import CLUSTER_FEATURES, GROUP_FEATURES, INSTANCE_FEATURES, width
 from qlm_env.requests import NOWHERE, Byte, Int, Records
@@ -24,6 +25,12 @@ Float32 = NDArray[np.float32]
 PRIOR_OUTPUT_TOKENS = 256.0
 PRIOR_REQUESTS = 8.0
 """Weight of the prior, in finished requests."""
+
+LOG_4096, LOG_36000, LOG_65536 = math.log1p(4096.0), math.log1p(36000.0), math.log1p(65536.0)
+"""What logarithms of counts and seconds are scaled by."""
+
+LOG_OF_COUNT = np.array([math.log1p(count) for count in range(256)])
+"""log1p of small counts, of which an observation has dozens."""
 
 
 def observation_space(num_rows: int, num_instances: int, num_models: int, num_classes: int) -> spaces.Dict:
@@ -92,36 +99,41 @@ def make_panel(space: spaces.Dict, num_requests: int, num_actions: int) -> Panel
 
 
 # --------------------------------------------------------------------------- kernels
-@kernel
+@inlined
 def _unit(x: float) -> float:
     return min(1.0, max(-1.0, x))
 
 
-@kernel
-def _log(x: float, scale: float) -> float:
-    return min(1.0, np.log1p(x) / np.log1p(scale))
+@inlined
+def _log(x: float, full: float) -> float:
+    return min(1.0, np.log1p(x) / full)
 
 
-@kernel
+@inlined
+def _log_of_count(count: int, full: float) -> float:
+    return min(1.0, (LOG_OF_COUNT[count] if count < len(LOG_OF_COUNT) else np.log1p(count)) / full)
+
+
+@inlined
 def expected_output_tokens(kind: Records) -> float:
     """Mean output length of finished requests of a (model, class, length cluster), shrunk towards the prior."""
     return (PRIOR_OUTPUT_TOKENS * PRIOR_REQUESTS + kind.output_tokens) / (PRIOR_REQUESTS + kind.finished)
 
 
-@kernel
+@inlined
 def _expected_output_tokens(world: World, g: int) -> float:
     group = world.queues.group[g]
     return expected_output_tokens(world.queues.kind[group.model, group.slo_class, group.cluster])
 
 
-@kernel
+@inlined
 def _slack(world: World, r: int) -> float:
     request = world.requests[r]
     target_s = world.slo[request.slo_class].target_s
     return _unit((request.arrival_s + target_s - world.clock[0].now_s) / target_s)
 
 
-@kernel
+@inlined
 def _position(world: World, g: int) -> int:
     ahead = 0
     while world.queues.group[g].previous != NOWHERE:
@@ -130,7 +142,7 @@ def _position(world: World, g: int) -> int:
     return ahead
 
 
-@kernel
+@inlined
 def _observe_group(world: World, g: int, row: Float32) -> None:
     group = world.queues.group[g]
     num_instances, num_models = world.fleet.placement.shape
@@ -138,13 +150,13 @@ def _observe_group(world: World, g: int, row: Float32) -> None:
     row[group.model] = 1.0
     row[num_models + group.slo_class] = 1.0
     f = num_models + num_classes
-    row[f] = _log(group.waiting, 4096.0)
-    row[f + 1] = _log(group.in_engine, 4096.0)
+    row[f] = _log_of_count(group.waiting, LOG_4096)
+    row[f + 1] = _log_of_count(group.in_engine, LOG_4096)
     row[f + 2] = _unit(group.prompt_tokens / group.waiting / 4096.0)
     row[f + 3] = _unit(_expected_output_tokens(world, g) / 4096.0)
     row[f + 4] = _slack(world, group.head)
     row[f + 5] = _slack(world, group.tail)
-    row[f + 6] = _log(world.slo[group.slo_class].target_s, 36000.0)
+    row[f + 6] = _log(world.slo[group.slo_class].target_s, LOG_36000)
     if group.queued:
         row[f + 7] = 1.0
         row[f + 8] = (group.queue + 1.0) / num_instances
@@ -172,20 +184,20 @@ def _observe_rest(world: World, groups: Int, row: Float32) -> None:
         group = world.queues.group[g]
         row[group.model] += group.waiting / waiting
         row[num_models + group.slo_class] += group.waiting / waiting
-        row[f + 6] += _log(world.slo[group.slo_class].target_s, 36000.0) * group.waiting / waiting
+        row[f + 6] += _log(world.slo[group.slo_class].target_s, LOG_36000) * group.waiting / waiting
         row[f + 7] += group.queued * group.waiting / waiting
     for column in range(f + 8):
         row[column] = _unit(row[column])
-    row[f] = _log(waiting, 4096.0)
-    row[f + 1] = _log(in_engine, 4096.0)
+    row[f] = _log(waiting, LOG_4096)
+    row[f + 1] = _log(in_engine, LOG_4096)
     row[f + 2] = _unit(prompt_tokens / waiting / 4096.0)
     row[f + 3] = _unit(output_tokens / waiting / 4096.0)
     row[f + 4] = _slack(world, world.queues.group[groups[0]].head)
     row[f + 5] = _slack(world, world.queues.group[groups[last]].tail)
-    row[f + 11] = _log(len(groups) - 1.0, 4096.0)
+    row[f + 11] = _log(len(groups) - 1.0, LOG_4096)
 
 
-@kernel
+@inlined
 def _observe_instance(world: World, i: int, row: Float32) -> None:
     engine = world.fleet.engine[i]
     queue = world.queues.queue[i]
@@ -215,9 +227,9 @@ def _observe_instance(world: World, i: int, row: Float32) -> None:
         row[f + 5] = 1.0 - engine.free_blocks / placement.num_blocks
         decode_s = placement.c0 + placement.c1 * 32.0 + placement.c3 * 32.0 * 512.0 + placement.c5 * 32.0
         row[f + 14] = _unit(decode_s / 0.1)
-    row[f + 6] = _log(engine.queue_length, 4096.0)
-    row[f + 7] = _log(queue.groups, 4096.0)
-    row[f + 8] = _log(queue.waiting, 4096.0)
+    row[f + 6] = _log_of_count(engine.queue_length, LOG_4096)
+    row[f + 7] = _log_of_count(queue.groups, LOG_4096)
+    row[f + 8] = _log_of_count(queue.waiting, LOG_4096)
     row[f + 9] = 1.0
     if queue.head != NOWHERE:
         head = world.queues.group[queue.head]
@@ -230,7 +242,7 @@ def _observe_instance(world: World, i: int, row: Float32) -> None:
         row[f + 13] = _unit(engine.host_kv_used_bytes / engine.host_kv_bytes)
 
 
-@kernel
+@inlined
 def observe(world: World, panel: Panel) -> None:
     """Fill the panel's observation arrays and ``row_groups``."""
     groups, row_groups, cluster = panel.groups, panel.row_groups, panel.cluster
@@ -271,11 +283,11 @@ def observe(world: World, panel: Panel) -> None:
         running += world.fleet.engine[i].num_running
         up += world.fleet.engine[i].up
     clock = world.clock[0]
-    cluster[0] = _log(waiting, 65536.0)
-    cluster[1] = _log(running, 65536.0)
-    cluster[2] = _log(count, 4096.0)
-    cluster[3] = _log(unqueued, 4096.0)
-    cluster[4] = _log(clock.settled, 65536.0)
+    cluster[0] = _log_of_count(waiting, LOG_65536)
+    cluster[1] = _log_of_count(running, LOG_65536)
+    cluster[2] = _log_of_count(count, LOG_4096)
+    cluster[3] = _log_of_count(unqueued, LOG_4096)
+    cluster[4] = _log_of_count(clock.settled, LOG_65536)
     cluster[5] = clock.met / max(1, clock.settled)
     cluster[6] = up / len(world.fleet.engine)
 

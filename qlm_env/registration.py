@@ -16,4 +16,9 @@ ENVIRONMENTS = {
 def register_environments() -> None:
     """Register every id with Gymnasium."""
     for env_id, kwargs in ENVIRONMENTS.items():
-        gym.register(env_id, entry_point="qlm_env.env:QLMEnv", kwargs=kwargs)
+        gym.register(
+            env_id,
+            entry_point="qlm_env.env:QLMEnv",
+            vector_entry_point="qlm_env.vector:QLMVectorEnv",
+            kwargs=kwargs,
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
+import numpy as np
+
 from runners import bench_emulator, bench_env
 from runners.config import BenchEmulatorOptions, BenchEnvOptions
 
@@ -23,5 +26,20 @@ def test_the_long_run_happens_in_a_process_of_its_own() -> None:
 
 def test_env_figures_are_speeds() -> None:
     figures = bench_env.measure(BenchEnvOptions(duration_s=0.1))
-    assert [figure["unit"] for figure in figures] == ["steps/s", "steps/s", "steps/s", "us/step"]
+    units = [figure["unit"] for figure in figures]
+    assert units[:7] == ["steps/s"] * 7
+    assert units[-2:] == ["times", "us/step"]
+    assert len({figure["name"] for figure in figures}) == len(figures)
     assert all(figure["value"] > 0 for figure in figures)
+
+
+def test_sampled_actions_are_legal() -> None:
+    env = bench_env.WithLegalActions(gym.make_vec("QLM/Smoke-v0", 5))
+    env.action_space.seed(0)
+    _, infos = env.reset(seed=0)
+    for _ in range(20):
+        actions = env.action_space.sample()
+        assert infos["action_mask"][np.arange(5), actions].all()
+        infos = env.step(actions)[-1]
+        assert not infos["invalid_action"].any()
+    env.close()
