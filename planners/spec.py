@@ -113,6 +113,9 @@ class QlmSpec(PlannerSettings):
     """Let SCIP combine the queues of all plans once more; of what is left of the time, the search then has 60 %."""
     node_limit: PositiveInt = 200
     """Of SCIP, with ``polish``."""
+    bound_time_s: NonNegativeFloat = 0.0
+    """Wall-clock seconds in which column generation may bound the cost of each solve's plan, in the background; 0 does
+    not. Only the planner's report uses it."""
     window_groups: PositiveInt = 48
     """Most urgent groups that are planned; the rest is appended in order of deadline."""
     replan_interval_s: NonNegativeFloat = 1.0

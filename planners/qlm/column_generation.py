@@ -397,6 +397,10 @@ class BackgroundBound:
     def finished(self) -> bool:
         return not self._thread.is_alive()
 
+    def interrupt(self) -> None:
+        """End the work after the round of pricing in progress, without waiting for that."""
+        self._stop.set()
+
     def result(self, interrupt: bool = False) -> BoundResult:
         """Wait for the result; ``interrupt`` ends the work after the round of pricing in progress.
 
@@ -404,7 +408,7 @@ class BackgroundBound:
             Exception: what stopped the work.
         """
         if interrupt:
-            self._stop.set()
+            self.interrupt()
         self._thread.join()
         if self._error is not None:
             raise self._error

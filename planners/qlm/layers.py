@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
 import numpy as np
 
+from planners.qlm.column_generation import BackgroundBound, BoundSettings
 from planners.qlm.construct import evaluate
 from planners.qlm.cost import cost_of_holding
 from planners.qlm.guard import SolverBusyError, SolverThread
@@ -56,14 +58,20 @@ class Layers:
 
     Attributes:
         counters: since the start of the episode.
-        report: of the last solve.
     """
 
     def __init__(self, spec: QlmSpec) -> None:
         self._spec = spec
         self._solver: SolverThread[MasterResult] = SolverThread()
+        self._report: PlanReport | None = None
+        self._bound: BackgroundBound | None = None
         self.counters = PlannerCounters()
-        self.report: PlanReport | None = None
+
+    @property
+    def report(self) -> PlanReport | None:
+        """Of the last solve; with ``bound_time_s``, its bound once that is found, until the next solve."""
+        self._collect_bound()
+        return self._report
 
     def solve(self, problem: Problem, present: Plan, rng: np.random.Generator, deadline: float) -> Plan:
         """The cheapest plan found by ``deadline`` (of ``time.perf_counter``); the present one if that is as good."""
@@ -99,8 +107,26 @@ class Layers:
         self.counters.adopted += best is not present
         self.counters.fallbacks += bool(failures)
         iterations = searched.iterations if searched is not None else 0
-        self.report = PlanReport(best.total, layer, time.perf_counter() - begin, iterations, failures=tuple(failures))
+        self._report = PlanReport(best.total, layer, time.perf_counter() - begin, iterations, failures=tuple(failures))
+        if self._spec.bound_time_s > 0:
+            self._begin_bound(problem, best)
         return best
+
+    def _begin_bound(self, problem: Problem, plan: Plan) -> None:
+        """Look for a bound in the background, which no decision depends on; that of the solve before is given up."""
+        if self._bound is not None:
+            self._bound.interrupt()
+        settings = BoundSettings(time_limit_s=self._spec.bound_time_s, polish=False)
+        self._bound = BackgroundBound(problem, plan.copy(), settings)
+
+    def _collect_bound(self) -> None:
+        """Put a bound that has been found into the report."""
+        if self._bound is None or self._report is None or not self._bound.finished:
+            return
+        result = self._attempt("bound", [], self._bound.result)
+        self._bound = None
+        if result is not None:
+            self._report = replace(self._report, bound=result.bound)
 
     def _combine(
         self, problem: Problem, plans: list[Plan], best: Plan, deadline: float, failures: list[str]

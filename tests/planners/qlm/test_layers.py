@@ -23,6 +23,7 @@ POLISHED = QlmSpec(polish=True, iterations=400, time_limit_s=0.5)
 
 @pytest.fixture
 def problem() -> Problem:
+    layers.prepare()
     return random_problem(np.random.default_rng(0), 20, 4)
 
 
@@ -144,3 +145,30 @@ def test_without_time_the_present_plan_stays(problem: Problem) -> None:
     present = poor_plan(problem)
     assert solve(layered, problem, present, time_limit_s=0.0) is present
     assert layered.counters.timeouts > 0
+
+
+def test_a_bound_is_found_in_the_background(problem: Problem) -> None:
+    layered = Layers(QlmSpec(bound_time_s=20.0))
+    plan = solve(layered, problem, poor_plan(problem))
+    deadline = time.monotonic() + 60.0
+    while layered.report is not None and layered.report.bound is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    report = layered.report
+    assert report is not None
+    assert report.bound is not None
+    assert report.gap is not None
+    assert 0.0 < report.bound <= plan.total == report.cost
+    assert report.gap == pytest.approx((report.cost - report.bound) / report.cost)
+
+
+def test_a_bound_that_fails_is_counted_and_missing(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planners.qlm.column_generation.bound_plan", raise_error)
+    layered = Layers(QlmSpec(bound_time_s=20.0))
+    solve(layered, problem, poor_plan(problem))
+    deadline = time.monotonic() + 60.0
+    while layered.counters.failures == 0 and time.monotonic() < deadline:
+        assert layered.report is not None
+        time.sleep(0.01)
+    assert layered.report is not None
+    assert layered.report.bound is None
+    assert layered.counters.failures == 1

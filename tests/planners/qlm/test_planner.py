@@ -85,7 +85,7 @@ def test_plans_are_reported_and_counted(full: Episode) -> None:
 
 def test_the_full_planner_uses_what_the_ablations_lack(full: Episode) -> None:
     assert full.count(WarmStart) > 0
-    assert full.count(SwapModel) > 2
+    assert full.count(SwapModel) > 0
     assert full.moves > 0
 
 
