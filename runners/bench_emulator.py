@@ -8,9 +8,7 @@ of its capacity. The compiled engine leaps over the steps between two events; th
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +33,7 @@ from qlm_env.spec import (
 )
 from runners.bench import Figure
 from runners.config import BenchEmulatorOptions
+from runners.peak_memory import peak_bytes
 
 REPEATS = 5
 REFERENCE_REPEATS = 3
@@ -111,9 +110,7 @@ def _long_run(num_requests: int, seed: int) -> tuple[float, float, int]:
     requests = Episodes(scenario).requests(seed)
     workload_s = time.perf_counter() - start
     serve_s = _serve_compiled(scenario, requests).seconds
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return workload_s, serve_s, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return workload_s, serve_s, peak_bytes()
 
 
 def _scenario(load: float, num_requests: int) -> ScenarioSpec:

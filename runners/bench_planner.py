@@ -9,8 +9,6 @@ optimum, the last two from the same program over every possible queue.
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +32,7 @@ from planners.spec import EdfSpec, QlmSpec
 from qlm_env.env import QLMEnv
 from runners.bench import Figure
 from runners.config import BenchPlannerOptions
+from runners.peak_memory import peak_bytes
 from runners.progress import CountedProgress
 from runners.tables import console
 
@@ -275,6 +274,4 @@ def _plan_large(seed: int) -> tuple[float, float, int]:
     begin_s = time.perf_counter()
     search_plan(problem, plan, rng, None, LARGE_TIME_LIMIT_S)
     search_s = time.perf_counter() - begin_s
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return rule_s, search_s, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rule_s, search_s, peak_bytes()
