@@ -1,17 +1,19 @@
 """The one way this project compiles a function: numba, cached on disk, GIL released, IEEE division.
 
 No fast-math: results must be the same bits on every run. numba's own cache notices a change of the file a
-function stands in, but not of the files it calls into; here the cache folder carries a digest of every source of
-this package and of the function's own, so that stale machine code is never run.
+function stands in, but not of the files it calls into; here the cache folder carries a digest of the function's module
+and of every module of its package and this one that it imports, directly or not, so that stale machine code is never
+run.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -57,23 +59,51 @@ class _Dispatcher(CPUDispatcher):
 
 
 @functools.cache
-def _cache_folder(package: Path) -> str:
-    """Where the machine code of functions in ``package`` is kept, which may call into this one."""
-    here = Path(__file__).parent
+def _cache_folder(module: str, source: Path) -> str:
+    """Where the machine code of the functions in ``module``, whose text is in ``source``, is kept."""
+    packages = {__name__.partition(".")[0]: Path(__file__).parent}
+    levels = module.count(".")
+    package = source.parents[levels - 1] if levels else Path(__file__).parent
+    packages[module.partition(".")[0]] = package
     digest = hashlib.sha256()
-    for folder in dict.fromkeys((here, package)):
-        for source in sorted(folder.rglob("*.py")):
-            digest.update(source.read_bytes())
+    for file in _sources(packages, source):
+        digest.update(file.read_bytes())
     home = package / "__pycache__"
     if not os.access(package, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlm-env"
     return str(home / f"compiled-{digest.hexdigest()[:12]}")
 
 
-def _package_of(function: Callable[..., object]) -> Path:
-    """The folder of the top-level package that a function stands in; this package's for one in no package."""
-    levels = function.__module__.count(".")
-    return Path(inspect.getfile(function)).parents[levels - 1] if levels else Path(__file__).parent
+def _sources(packages: Mapping[str, Path], source: Path) -> list[Path]:
+    """``source`` and every file of ``packages`` that it imports, directly or not: what its functions can depend on."""
+    found: set[Path] = set()
+    ahead = [source, Path(__file__)]
+    while ahead:
+        file = ahead.pop()
+        if file not in found:
+            found.add(file)
+            ahead += _imported_files(packages, file)
+    return sorted(found)
+
+
+@functools.cache
+def _imports(file: Path) -> tuple[str, ...]:
+    """The dotted names that a file imports; of ``from a import b`` both ``a`` and ``a.b``, as ``b`` may be a module."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(names)
+
+
+def _imported_files(packages: Mapping[str, Path], file: Path) -> Iterator[Path]:
+    for name in _imports(file):
+        top, *below = name.split(".")
+        if top in packages:
+            path = packages[top].joinpath(*below)
+            yield from filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py"))
 
 
 def _jit(function: F, when_absent: Any = None, **options: bool) -> F:
@@ -86,7 +116,7 @@ def _jit(function: F, when_absent: Any = None, **options: bool) -> F:
     dispatcher.when_absent = when_absent
     before = settings.CACHE_DIR
     # numba chooses the folder in this call, and only from this setting.
-    settings.CACHE_DIR = _cache_folder(_package_of(function))
+    settings.CACHE_DIR = _cache_folder(function.__module__, Path(inspect.getfile(function)))
     try:
         dispatcher.enable_caching()
     finally:
