@@ -18,6 +18,7 @@ BENCHMARKS = {
     "emulator": ("runners.bench_emulator", config.parse_bench_emulator, "how fast the emulator runs on this machine"),
     "env": ("runners.bench_env", config.parse_bench_env, "how fast the env runs on this machine"),
     "planner": ("runners.bench_planner", config.parse_bench_planner, "how good plans are, against time"),
+    "cost": ("runners.bench_cost", config.parse_bench_cost, "what the stochastic cost gains"),
     "rwt": ("runners.bench_rwt", config.parse_bench_rwt, "how well waiting times are predicted"),
     "placement": ("runners.bench_placement", config.parse_bench_placement, "how fast placements are planned"),
 }

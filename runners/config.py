@@ -133,6 +133,25 @@ class BenchPlacementOptions(BenchOptions):
     """A placement within this of the bound is good enough."""
 
 
+class BenchCostOptions(BenchOptions):
+    """The settings of `qlm bench cost`."""
+
+    families: Annotated[tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...], Field(min_length=1)] = (
+        (40, 8, 5),
+        (100, 16, 5),
+    )
+    """Groups, instances and models of random problems."""
+    problems: PositiveInt = 40
+    """Of every family."""
+    backlog: PositiveFloat = 1.0
+    """Work that waits, in minutes of all instances together."""
+    search_times_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.2, 1.0)
+    scenarios: PositiveInt = 32
+    """That the sampled cost is averaged over."""
+    fresh_scenarios: PositiveInt = 500
+    """That plans are judged by."""
+
+
 class BenchPlannerOptions(BenchOptions):
     """The settings of `qlm bench planner`."""
 
@@ -151,7 +170,7 @@ class BenchPlannerOptions(BenchOptions):
     backlog: PositiveFloat = 1.0
     """Work that waits in random problems, in minutes of all instances together."""
     search_times_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.2, 1.0, 2.0)
-    bound_time_limit_s: PositiveFloat = 30.0
+    bound_time_limit_s: PositiveFloat = 20.0
     snapshots: bool = True
     """Also plan problems met in episodes."""
     large: bool = False
@@ -309,6 +328,15 @@ def parse_bench_placement(values: Mapping[str, Any]) -> BenchPlacementOptions:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
     return parse(BenchPlacementOptions, values)
+
+
+def parse_bench_cost(values: Mapping[str, Any]) -> BenchCostOptions:
+    """The configuration of `qlm bench cost`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchCostOptions, values)
 
 
 def parse_bench_planner(values: Mapping[str, Any]) -> BenchPlannerOptions:

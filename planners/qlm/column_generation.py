@@ -11,9 +11,11 @@ SCIP solves this for the columns there are; :mod:`planners.qlm.pricing` adds tho
 
 ``sum_g p_g + sum_k n_k * (least reduced cost of a queue of class k under p)``
 
-is at most the cost of every plan, so there is a bound from the first round on, and pricing at points between the best
-prices so far and SCIP's makes it rise steadily. Pricing and these columns use relaxed costs. The queues found are then
-given their true costs, and SCIP combines them with the plan's own into one that is never worse.
+is at most the cost of every plan, so there is a bound from the first round on. SCIP's prices jump about while columns
+are few. So they are kept in a box around the best so far, by two more columns for each group (the box step method of
+Marsten, Hogan and Blankenship, Operations Research 23(3), 1975), pricing is done half way to them, and the box moves
+along. Pricing starts from few states and goes on with more. It and these columns use relaxed costs. The queues found
+are then given their true costs, and SCIP combines them with the plan's own into one that is never worse.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyscipopt
@@ -38,18 +40,22 @@ from planners.qlm.plan import Plan
 from planners.qlm.pricing import chain_of, make_workspace, price
 from planners.qlm.problem import Float, Problem
 
-SMOOTHING = 0.7
+SMOOTHING = 0.5
 """Weight of the best prices so far against SCIP's when pricing."""
 FIRST_SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the plan's costs that are tried as first prices: too high ones give a bound below 0."""
+FIRST_WIDTH, LATER_WIDTH = 1.0, 0.2
+"""Of the box in the first stage and in those that start from its prices; relative to these."""
+BOX_FLOOR = 0.02
+"""Share of its largest price by which a price of 0 can rise in a box of width 1."""
+ROUNDS_IN_BOX = 6
+"""After so many the box moves to the best prices."""
 COLUMNS_PER_CLASS = 3
 """Queues added per class of instances and round, at most."""
-LEAST_REDUCTION = 1e-6
-"""A column must lower the cost by more than this, relative to the plan's, to be added."""
-CLOSED = 1e-4
-"""The bound counts as reached when the columns cannot raise it by more than this share."""
+CLOSED, CLOSED_EARLY = 1e-4, 1e-2
+"""The bound counts as reached when the columns cannot raise it by more than this share; in all stages but the last."""
 ROUNDING = 1e-9
-"""Share of the bound given up for rounding errors."""
+"""Share of the bound given up for rounding errors, and by which numbers differ from a limit they are at."""
 LATER_SHARE = 0.3
 """Of the time, kept for the finer stages."""
 POLISH_COLUMNS = 2000
@@ -76,9 +82,9 @@ class BoundSettings:
     """Wall-clock guard of bounding; polishing has as much again."""
     round_limit: int = 500
     """The reproducible limit: rounds of pricing."""
-    time_steps: int = 512
+    time_steps: int = 1024
     """Points of the cost tables."""
-    stages: tuple[Resolution, ...] = (Resolution(24, 12, 2), Resolution(48, 24, 8), Resolution(96, 48, 24))
+    stages: tuple[Resolution, ...] = (Resolution(24, 24, 2), Resolution(96, 96, 3), Resolution(192, 192, 4))
     """Each starts from the prices and the queues of the one before it."""
     polish: bool = True
     """Combine the queues found with those of the plan."""
@@ -124,7 +130,7 @@ class _Pricing:
         self.classes = _alike(problem)
         self.count = np.array([len(members) for members in self.classes], float)
         self.hold = np.array([cost_of_holding(problem, g) for g in range(len(problem.requests))])
-        self._largest = np.minimum(self.hold, largest_prices(problem, self.tables))
+        self.largest = np.minimum(self.hold, largest_prices(problem, self.tables))
 
     def refine(self, resolution: Resolution, deadline: float) -> None:
         """Price like this from now on, until ``deadline`` (of ``time.perf_counter``)."""
@@ -135,18 +141,22 @@ class _Pricing:
         """Whether time is up."""
         return time.perf_counter() > self._deadline
 
-    def price(self, prices: Float) -> tuple[float, list[_Priced]]:
-        """The bound that ``prices`` (K,) give, and the queues of least reduced cost; no bound if time is up before."""
-        prices = np.minimum(prices, self._largest)
+    def price(self, prices: Float, pool: _Pool) -> tuple[float, list[_Priced]]:
+        """The bound that ``prices`` (K,) give, and queues of less reduced cost than those of ``pool``.
+
+        No bound if time is up before.
+        """
+        prices = np.minimum(prices, self.largest)
         bound = float(prices.sum())
+        known = pool.least(prices)
         found: list[_Priced] = []
         for k, members in enumerate(self.classes):
             if self.late():
                 return -math.inf, found
-            bound += self.count[k] * price(self.problem, self.tables, self._work, members[0], prices)
+            bound += self.count[k] * price(self.problem, self.tables, self._work, members[0], prices, known[k])
             costs = self._work.last_cost
             for g in np.argsort(costs, kind="stable")[:COLUMNS_PER_CLASS]:
-                if costs[g] < 0.0 and (chain := chain_of(self._work, int(g))) is not None:
+                if costs[g] < known[k] and (chain := chain_of(self._work, int(g))) is not None:
                     found.append(_Priced(k, tuple(chain), float(costs[g] + prices[chain].sum())))
         return bound - ROUNDING * abs(bound), found
 
@@ -198,27 +208,72 @@ def _per_instance(problem: Problem) -> list[Float]:
     return [np.asarray(array, np.float64) for array in (*per_group, *alone)]
 
 
-class _QueuePricer(pyscipopt.Pricer):
-    """Adds queues to SCIP's master, and keeps the best bound."""
+class _Pool:
+    """The queues that are known, each with the least relaxed cost it was found at."""
 
-    def __init__(self, pricing: _Pricing, guess: Float, round_limit: int, stop: threading.Event) -> None:
+    def __init__(self, num_classes: int) -> None:
+        self.costs: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._num_classes = num_classes
+
+    def add(self, column: _Priced) -> bool:
+        """Whether it was not known at this cost."""
+        key = column.instances, column.groups
+        if column.cost >= self.costs.get(key, math.inf):
+            return False
+        self.costs[key] = column.cost
+        return True
+
+    def columns(self) -> list[_Priced]:
+        return [_Priced(k, groups, cost) for (k, groups), cost in self.costs.items()]
+
+    def least(self, prices: Float) -> Float:
+        """Least reduced cost of a queue of each class, or 0, under ``prices`` (K,)."""
+        least = np.zeros(self._num_classes)
+        if self.costs:
+            groups = np.fromiter((g for _, queue in self.costs for g in queue), np.int64)
+            sizes = np.fromiter((len(queue) for _, queue in self.costs), np.int64)
+            ends = np.cumsum(sizes)
+            worth = np.add.reduceat(prices[groups], ends - sizes)
+            of_class = np.fromiter((k for k, _ in self.costs), np.int64)
+            np.minimum.at(least, of_class, np.fromiter(self.costs.values(), float) - worth)
+        return least
+
+
+class _Centre(NamedTuple):
+    """The best prices so far."""
+
+    prices: Float
+    """(K,)"""
+    bound: float
+    """What these give."""
+
+    def box(self, width: float, largest: Float) -> tuple[Float, Float]:
+        """(K,) least and largest prices to look at, so far from the best relative to these; at most ``largest``."""
+        reach = width * (self.prices + BOX_FLOOR * largest)
+        return np.maximum(0.0, self.prices - reach), np.minimum(largest, self.prices + reach)
+
+
+class _QueuePricer(pyscipopt.Pricer):
+    """Adds queues to SCIP's master, and keeps the best prices."""
+
+    def __init__(
+        self, pricing: _Pricing, pool: _Pool, centre: _Centre, round_limit: int, closed: float, stop: threading.Event
+    ) -> None:
         self._pricing = pricing
+        self._pool = pool
         self._round_limit = round_limit
+        self._closed = closed
         self._stop = stop
-        self._tolerance = LEAST_REDUCTION * max(1e-6, float(guess.sum()))
-        self.best_prices = guess
-        """Those that gave the bound."""
         self.cover: list[Any] = []
         self.limits: list[Any] = []
-        self.columns: dict[tuple[int, tuple[int, ...]], float] = {}
-        self.bound = 0.0
+        self.best = centre
         self.rounds = 0
-        self.converged = False
+        self.solved = False
+        """No prices in the box give a bound that is better by more than ``closed``."""
         self.error: Exception | None = None
 
     def add(self, column: _Priced, priced: bool) -> None:
         """Make a queue a variable; ``priced`` while SCIP is solving."""
-        self.columns[column.instances, column.groups] = column.cost
         variable = self.model.addVar(obj=column.cost, pricedVar=priced)
         for g in set(column.groups):
             self.model.addConsCoeff(self.cover[g], variable, float(column.groups.count(g)))
@@ -241,32 +296,25 @@ class _QueuePricer(pyscipopt.Pricer):
 
     def _round(self) -> None:
         """Price once; a round that adds nothing ends the solve."""
-        if self.converged or self._pricing.late() or self.rounds >= self._round_limit or self._stop.is_set():
+        if self.solved or self.rounds >= self._round_limit or self._pricing.late() or self._stop.is_set():
             return
-        self.rounds += 1
         duals = np.array([self.model.getDualsolLinear(row) for row in self.cover])
         of_class = np.array([self.model.getDualsolLinear(row) for row in self.limits])
         value = float(duals.sum() + self._pricing.count @ of_class)
         for smoothing in (SMOOTHING, 0.0):
-            point = smoothing * self.best_prices + (1.0 - smoothing) * duals
-            bound, found = self._pricing.price(point)
-            if bound > self.bound:
-                self.bound, self.best_prices = bound, point
-            if self.bound >= value * (1.0 - CLOSED):
+            if self.best.bound >= value * (1.0 - self._closed):
                 break
-            fresh = [
-                column
-                for column in found
-                if column.cost - duals[list(column.groups)].sum() - of_class[column.instances] < -self._tolerance
-                and column.cost < self.columns.get((column.instances, column.groups), math.inf)
-            ]
-            if fresh:
-                for column in fresh:
-                    self.add(column, True)
+            self.rounds += 1
+            point = smoothing * self.best.prices + (1.0 - smoothing) * duals
+            bound, found = self._pricing.price(point, self._pool)
+            if bound > self.best.bound:
+                self.best = _Centre(point, bound)
+            fresh = [column for column in found if self._pool.add(column)]
+            for column in fresh:
+                self.add(column, True)
+            if fresh or self._pricing.late():
                 return
-            if self._pricing.late():
-                return
-        self.converged = True
+        self.solved = True
 
 
 def bound_plan(
@@ -281,17 +329,30 @@ def bound_plan(
     stop = threading.Event() if stop is None else stop
     pricing = _Pricing(problem, settings)
     columns, guess = pricing.columns_of(plan)
-    bound, rounds = 0.0, 0
+    bound, rounds, converged = 0.0, 0, False
     found: dict[tuple[int, tuple[int, ...]], float] = {}
     for k, resolution in enumerate(settings.stages, 1):
         later = LATER_SHARE * (1.0 - k / len(settings.stages))
         pricing.refine(resolution, begin_s + settings.time_limit_s * (1.0 - later))
-        if k == 1:
-            bound, guess = _first_prices(pricing, guess, stop)
-        pricer = _QueuePricer(pricing, guess, settings.round_limit - rounds, stop)
-        _generate(pricing, pricer, columns, settings.time_limit_s)
-        bound, rounds, guess = max(bound, pricer.bound), rounds + pricer.rounds, pricer.best_prices
-        found |= pricer.columns
+        pool = _Pool(len(pricing.classes))
+        for column in columns:
+            pool.add(column)
+        centre = _first_prices(pricing, guess, pool, FIRST_SHARES if k == 1 else (1.0,), stop)
+        is_last = k == len(settings.stages)
+        closed, width = CLOSED if is_last else CLOSED_EARLY, FIRST_WIDTH if k == 1 else LATER_WIDTH
+        converged = False
+        while not (converged or pricing.late() or rounds >= settings.round_limit or stop.is_set()):
+            round_limit = min(ROUNDS_IN_BOX, settings.round_limit - rounds)
+            pricer = _QueuePricer(pricing, pool, centre, round_limit, closed, stop)
+            inside = _generate(pricing, pricer, pool, centre.box(width, pricing.largest), settings.time_limit_s)
+            converged = pricer.solved and inside
+            if pricer.solved:
+                width *= 4.0
+            elif pricer.best is centre:
+                width *= 0.5
+            centre, rounds = pricer.best, rounds + pricer.rounds
+        bound, guess = max(bound, centre.bound), centre.prices
+        found |= pool.costs
         columns = pricing.costed_anew(found)
     best = plan
     if settings.polish and not stop.is_set():
@@ -301,24 +362,37 @@ def bound_plan(
         plan=best,
         rounds=rounds,
         columns=len(found),
-        converged=pricer.converged,
+        converged=converged,
         time_s=time.perf_counter() - begin_s,
     )
 
 
-def _first_prices(pricing: _Pricing, guess: Float, stop: threading.Event) -> tuple[float, Float]:
-    """The share of ``guess`` (K,) with the highest bound, and that bound."""
-    best = 0.0, guess
-    for share in FIRST_SHARES:
-        bound, _ = pricing.price(share * guess)
-        if bound <= best[0] or stop.is_set():
+def _first_prices(
+    pricing: _Pricing, guess: Float, pool: _Pool, shares: tuple[float, ...], stop: threading.Event
+) -> _Centre:
+    """The share of ``guess`` (K,) with the highest bound; the queues found meanwhile go to ``pool``."""
+    guess = np.minimum(guess, pricing.largest)
+    best = _Centre(shares[0] * guess, 0.0)
+    for share in shares:
+        if stop.is_set():
             break
-        best = bound, share * guess
+        bound, found = pricing.price(share * guess, pool)
+        for column in found:
+            pool.add(column)
+        if bound <= best.bound:
+            break
+        best = _Centre(share * guess, bound)
     return best
 
 
-def _generate(pricing: _Pricing, pricer: _QueuePricer, columns: list[_Priced], time_limit_s: float) -> None:
-    """Solve the master over whole queues, beginning with ``columns``; what is found stays in ``pricer``."""
+def _generate(
+    pricing: _Pricing, pricer: _QueuePricer, pool: _Pool, box: tuple[Float, Float], time_limit_s: float
+) -> bool:
+    """Solve the master with prices in a box, over the queues of ``pool`` and those found, which are added there.
+
+    Returns:
+        whether its prices are within the box, so that they would be the same without it.
+    """
     model = pyscipopt.Model("qlm-bound")
     model.hideOutput()
     model.setParam("parallel/maxnthreads", 1)
@@ -328,18 +402,24 @@ def _generate(pricing: _Pricing, pricer: _QueuePricer, columns: list[_Priced], t
     model.setSeparating(SCIP_PARAMSETTING.OFF)
     model.disablePropagation()
     model.includePricer(pricer, "queues", "virtual queues of negative reduced cost")
-    for cost in pricing.hold:
-        held = model.addVar(obj=float(cost))
-        pricer.cover.append(model.addCons(held == 1.0, separate=False, modifiable=True))
+    # A group may be covered otherwise at the box's largest price, and covered again for its least.
+    edges = []
+    for least, most, largest in zip(*box, pricing.largest, strict=True):
+        bought, sold = model.addVar(obj=float(most)), model.addVar(obj=-float(least))
+        pricer.cover.append(model.addCons(bought - sold == 1.0, separate=False, modifiable=True))
+        edges += [bought] if most < largest * (1.0 - ROUNDING) else []
+        edges += [sold] if least > 0.0 else []
     for count in pricing.count:
         # A row needs a variable; this one cannot be chosen.
         none = model.addVar(ub=0.0)
         pricer.limits.append(model.addCons(none <= count, separate=False, modifiable=True))
-    for column in columns:
+    for column in pool.columns():
         pricer.add(column, False)
     model.optimizeNogil()
     if pricer.error is not None:
         raise pricer.error
+    solution = model.getBestSol()
+    return solution is not None and all(model.getSolVal(solution, edge) <= ROUNDING for edge in edges)
 
 
 def _polish(

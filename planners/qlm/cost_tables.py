@@ -3,8 +3,8 @@
 A queue is a chain of runs of one model. While group ``g`` joins a run its cost depends on
 
 - when the run began, how many requests are in it so far (``present``) and until when they wait (``wait_s``): carried;
-- how many requests will be in it in the end, through the latency of a batch that is not full: only whether these are
-  at most half a batch, a batch, or more (the run's *level*), each of which is tried.
+- how many requests will be in it in the end, through the latency of a batch that is not full: only how many
+  quarters of a batch, or more than a batch (the run's *level*), each of which is tried.
 
 **Why the relaxed cost is never more than** :func:`planners.qlm.cost.queue_cost`:
 
@@ -30,11 +30,11 @@ from planners.qlm.cost import MIN_STD_S, WAIT_ERROR, request_cost
 from planners.qlm.problem import DELAY_COST_PER_S, Float, Int, Problem
 from qlm_env.compiled import compiled, inlined
 
-LEVELS = 3
-"""How full the batch of a run gets: at most half, at most full, more than that."""
+LEVELS = 5
+"""How full the batch of a run gets: one level for each equal part of it, and one for more than that."""
 PARTIAL_ROWS = 4
 """Rows of a cost table for batches that are not full, for each level but the last, by how many requests are present."""
-SPAN_ROWS = 8
+SPAN_ROWS = 16
 """Intervals of the rows for a full batch, by how far the group's first and last admission are apart."""
 FULL_ROWS = (LEVELS - 1) * PARTIAL_ROWS
 """Where the rows for a full batch begin."""
@@ -87,7 +87,7 @@ def least_group_cost(
 @inlined
 def fewest_of(level: int, largest_batch: float) -> float:
     """Least number of requests in a run of this level; the most is the least of the next level."""
-    return 0.5 * level * largest_batch
+    return level / (LEVELS - 1) * largest_batch
 
 
 @inlined

@@ -53,8 +53,16 @@ class Workspace(NamedTuple):
     """(cells,) labels in use"""
     gain: Float
     """(T, K) what each group can lower a reduced cost by, at most, from a time on"""
-    gain_of_all: Float
-    """(T,)"""
+    by_density: Int
+    """(T, K) groups that can, by gain per second that they occupy the instance, falling; -1 behind them"""
+    density: Float
+    """(K,) of those in ``by_density``, of one time"""
+    occupied_s: Float
+    """(K,) time for which each group occupies the instance, at least"""
+    seconds_each: Float
+    """(M,) and one request of each model"""
+    latest_s: Float
+    """(1,) by when the instance has been occupied with all that gains anything"""
     scratch: Long
     """(W,)"""
     node_group: Int
@@ -86,7 +94,11 @@ def make_workspace(problem: Problem, time_cells: int, count_cells: int, labels: 
         node=np.empty((cells, labels), np.int32),
         used=np.zeros(cells, np.int32),
         gain=np.empty((time_cells, num_groups)),
-        gain_of_all=np.empty(time_cells),
+        by_density=np.empty((time_cells, num_groups), np.int32),
+        density=np.empty(num_groups),
+        occupied_s=np.empty(num_groups),
+        seconds_each=np.empty(num_models),
+        latest_s=np.empty(1),
         scratch=np.empty(words, np.int64),
         node_group=np.empty(nodes, np.int32),
         node_parent=np.empty(nodes, np.int32),
@@ -206,18 +218,26 @@ def _offer(
 
 
 @inlined
-def _least_to_come(work: Workspace, x: int, slot: int, k: int) -> float:
-    """No continuation from time cell ``k`` on lowers the label's cost below this."""
-    least = work.cost[x, slot] - work.gain_of_all[k]
-    for w in range(len(work.scratch)):
-        bits = work.memory[x, slot, w]
-        g = w * WORD_BITS
-        while bits != 0:
-            if bits & 1:
-                least += work.gain[k, g]
-            bits >>= 1
-            g += 1
-    return least
+def _cannot_reach(work: Workspace, x: int, slot: int, k: int, room_s: float, goal: float) -> bool:
+    """Whether no continuation from time cell ``k`` on, in ``room_s`` of the instance's time, costs less than ``goal``.
+
+    What can still be gained is at most that of a knapsack whose items may be cut: the groups not remembered, at their
+    gains from now on.
+    """
+    cost = work.cost[x, slot]
+    for position in range(work.by_density.shape[1]):
+        if cost < goal:
+            return False
+        g = work.by_density[k, position]
+        if g < 0:
+            return True
+        if _remembers(work, x, slot, g):
+            continue
+        if work.occupied_s[g] >= room_s:
+            return cost - work.gain[k, g] * room_s / work.occupied_s[g] >= goal
+        cost -= work.gain[k, g]
+        room_s -= work.occupied_s[g]
+    return cost >= goal
 
 
 # --------------------------------------------------------------------------- runs
@@ -304,7 +324,8 @@ def _run(
             for slot in range(work.used[c]):
                 start_s, present, wait_s = work.start_s[c, slot], work.present[c, slot], work.wait_s[c, slot]
                 k = int((start_s + wait_s) / cell_s)
-                if k >= work.time_cells or _least_to_come(work, c, slot, k) >= least:
+                room_s = work.latest_s[0] - start_s - present * work.seconds_each[model]
+                if k >= work.time_cells or _cannot_reach(work, c, slot, k, room_s, least):
                     continue
                 for position in range(begin, end):
                     g = tables.members[position]
@@ -314,8 +335,11 @@ def _run(
                     added, first_wait_s, last_wait_s = join_run(problem, tables, y, g, level, start_s, present, wait_s)
                     if start_s + first_wait_s >= horizon_s:
                         continue
+                    # Behind others of its run, a group that costs more than its price is better left out, unless it
+                    # is the last before a swap: the run may drain earlier with it.
+                    pays = c == 0 or added < prices[g]
                     total = work.cost[c, slot] + added - prices[g]
-                    if total < work.last_cost[g]:
+                    if pays and total < work.last_cost[g]:
                         work.last_cost[g] = total
                         work.last_node[g] = work.node[c, slot]
                         least = min(least, total)
@@ -326,7 +350,7 @@ def _run(
                         closed_cost = total + 0.5 * problem.swap_cost[i] * drain_s
                         _offer(work, closed, closed_cost, start_s + drain_s, 0.0, 0.0, c, slot, g)
                     d = min(cells - 1, int((after - first) / width))
-                    if d > c:
+                    if pays and d > c:
                         _offer(work, d, total, start_s, after, last_wait_s, c, slot, g)
     work.used[x] = 0
     return least
@@ -338,7 +362,8 @@ def _begin_next(problem: Problem, work: Workspace, i: int, cell_s: float, x: int
     num_models = problem.load_s.shape[1]
     for slot in range(work.used[x]):
         k = int(work.start_s[x, slot] / cell_s)
-        if k >= work.time_cells or _least_to_come(work, x, slot, k) >= least:
+        room_s = work.latest_s[0] - work.start_s[x, slot]
+        if k >= work.time_cells or _cannot_reach(work, x, slot, k, room_s, least):
             continue
         for next_model in range(num_models):
             if next_model == model:
@@ -370,21 +395,55 @@ def _begin_chains(work: Workspace, x: int, cost: float, start_s: float, present:
 
 @inlined
 def _fill_gains(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Float) -> None:
+    """What groups can gain on instance ``i``, from when on, and how long they occupy it at least.
+
+    A run of ``n`` requests lasts at least ``n`` times the ``seconds_each`` of its model, or else it is the last: a full
+    batch turns over in the time between admissions, and the latency of one that is not full grows with it from that of
+    a single request. In the last run a batch more can be admitted in time, and the last group can go on beyond it.
+    """
     y = tables.kind[i]
+    work.seconds_each[:] = math.inf
+    for g in range(len(prices)):
+        if problem.allowed[g, i]:
+            full = tables.batch[y, g]
+            alone_s, full_s = latency_of(tables, y, g, 1.0), latency_of(tables, y, g, full)
+            each_s = min(tables.interval_s[y, g], alone_s, full_s / max(1.0, full))
+            work.seconds_each[problem.model[g]] = min(work.seconds_each[problem.model[g]], each_s)
+    last_s, batch_s, longest_s = 0.0, 0.0, 0.0
+    for g in range(len(prices)):
+        if problem.allowed[g, i]:
+            each_s = work.seconds_each[problem.model[g]]
+            work.occupied_s[g] = max(1e-9, problem.requests[g] * each_s)
+            batch_s = max(batch_s, tables.batch[y, g] * each_s)
+            longest_s = max(longest_s, work.occupied_s[g])
     for k in range(work.time_cells):
         t = int(k / work.time_cells * (tables.least.shape[3] - 1))
-        work.gain_of_all[k] = 0.0
+        gaining = 0
         for g in range(len(prices)):
             gain = 0.0
             if problem.allowed[g, i]:
                 for row in range(ROWS):
                     gain = max(gain, prices[g] - tables.least[y, g, row, t])
             work.gain[k, g] = gain
-            work.gain_of_all[k] += gain
+            if gain > 0.0:
+                place = gaining
+                density = gain / work.occupied_s[g]
+                while place > 0 and density > work.density[place - 1]:
+                    work.density[place] = work.density[place - 1]
+                    work.by_density[k, place] = work.by_density[k, place - 1]
+                    place -= 1
+                work.density[place] = density
+                work.by_density[k, place] = g
+                gaining += 1
+        if gaining < len(prices):
+            work.by_density[k, gaining] = -1
+        if gaining > 0:
+            last_s = (k + 1) * tables.step_s * (tables.least.shape[3] - 1) / work.time_cells
+    work.latest_s[0] = last_s + batch_s + longest_s
 
 
 @compiled
-def price(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Float) -> float:
+def price(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Float, goal: float) -> float:
     """At most the least reduced cost of all queues of instance ``i``, the empty one (0) among them.
 
     The queues found are in ``work``: the cheapest that ends with each group; see :func:`chain_of`. Chains that cannot
@@ -392,6 +451,7 @@ def price(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Flo
 
     Args:
         prices: (K,), none above :func:`largest_prices`.
+        goal: a reduced cost that a queue is known to have, or 0; queues that cost more are not looked for.
     """
     num_models = problem.load_s.shape[1]
     cell_s = tables.step_s * (tables.least.shape[3] - 1) / work.time_cells
@@ -400,7 +460,7 @@ def price(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Flo
     work.last_cost[:] = math.inf
     work.node_count[0] = 0
     root = len(work.used) - 2
-    least = 0.0
+    least = goal
     ready_s, loaded, drain_s = problem.ready_s[i], problem.start_model[i], problem.drain_s[i]
     _begin_chains(work, root, 0.5 * problem.swap_cost[i] * drain_s, ready_s + drain_s, 0.0)
     _begin_next(problem, work, i, cell_s, root, loaded, least)

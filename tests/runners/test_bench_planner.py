@@ -30,6 +30,8 @@ def test_every_method_plans_the_same_problems_and_the_exact_ones_agree(capsys: p
     for family in (small, larger):
         assert gaps[f"{family}: column generation, gap"] <= gaps[f"{family}: search, 0.02 s, gap"] + 1e-9
         assert gaps[f"{family}: search, 0.02 s, gap"] <= gaps[f"{family}: EDF, gap"] + 1e-9
+        assert figures[f"{family}: swap-aware EDF, better than swap-aware EDF"] == 0.0
+        assert figures[f"{family}: search, 0.02 s, better than swap-aware EDF"] > 0.0
     assert "swap-aware EDF" in capsys.readouterr().out
 
 

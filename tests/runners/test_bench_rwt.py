@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from planners.waiting import WaitingTimes
-from runners.bench_rwt import Prediction, accuracy, look_at_queue, measure
+from qlm_env.env import QLMEnv
+from qlm_env.scenario import Episodes
+from runners.bench_rwt import Prediction, accuracy, known_lengths, look_at_queue, measure
 from runners.cli import main
 from runners.config import BenchRwtOptions
 
@@ -19,7 +21,7 @@ def prediction(mean_s: list[float], std_s: float, actual_s: list[float]) -> Pred
     count = len(mean_s)
     variance = np.full(count, std_s**2)
     waits = WaitingTimes(np.zeros(count, int), np.array(mean_s), variance, 0 * variance, variance, variance)
-    return Prediction({1.0: waits}, np.array(actual_s))
+    return Prediction({1.0: waits}, waits, np.array(actual_s))
 
 
 def test_accuracy_is_worked_out_over_all_looks() -> None:
@@ -47,8 +49,18 @@ def test_one_look_sees_the_queue_and_knows_what_came_of_it() -> None:
 def test_the_figures_cover_every_queue_and_factor() -> None:
     figures = measure(SMALL)
     names = [figure["name"] for figure in figures]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     assert sum("profile x 1.2" in name for name in names) == 2
+
+
+def test_known_lengths_are_those_of_other_seeds() -> None:
+    scenario = QLMEnv({"instances": [{"device": "A100"}]}, {"preset": "w_a", "num_requests": 4000}).scenario
+    requests = Episodes(scenario).requests(9)
+    for slo_class, known in known_lengths(scenario).items():
+        lengths = requests["output_tokens"][requests["slo_class"] == slo_class]
+        assert known.mean_tokens == pytest.approx(lengths.mean(), rel=0.1)
+        assert known.variance_tokens2 == pytest.approx(lengths.var(), rel=0.2)
+        assert known.mean_variance_tokens2 == 0.0
 
 
 def test_a_device_without_a_profile_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

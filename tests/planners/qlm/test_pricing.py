@@ -60,7 +60,7 @@ def some_prices(problem: Problem, tables: Tables, rng: np.random.Generator) -> F
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(12), 39, 59])  # in the last two, one more group lets a run drain earlier
 def test_no_queue_has_a_lower_reduced_cost(seed: int, form: int) -> None:
     problem = a_problem(seed, 5, form)
     tables = make_tables(problem, 100)
@@ -74,7 +74,8 @@ def test_no_queue_has_a_lower_reduced_cost(seed: int, form: int) -> None:
         for _ in range(5):
             prices = some_prices(problem, tables, rng)
             least = min(cost - prices[queue].sum() for queue, cost in zip(queues, costs, strict=True))
-            assert price(problem, tables, work, i, prices) <= least + 1e-9 * max(costs)
+            for goal in (0.0, 0.5 * least, 0.999 * least):
+                assert price(problem, tables, work, i, prices, goal) <= least + 1e-9 * max(costs)
 
 
 def test_chains_are_queues_of_the_cost_found() -> None:
@@ -85,7 +86,7 @@ def test_chains_are_queues_of_the_cost_found() -> None:
         work = make_workspace(problem, 64, 32, 16)
         prices = some_prices(problem, tables, np.random.default_rng(seed))
         for i in range(3):
-            price(problem, tables, work, i, prices)
+            price(problem, tables, work, i, prices, 0.0)
             for g in np.flatnonzero(work.last_cost < 0.0):
                 chain = chain_of(work, int(g))
                 assert chain is not None
@@ -104,4 +105,4 @@ def test_an_instance_that_may_take_nothing_costs_nothing() -> None:
     problem.allowed[:, 0] = False
     tables = make_tables(problem, 64)
     work = make_workspace(problem, 16, 8, 2)
-    assert price(problem, tables, work, 0, largest_prices(problem, tables) * 0.9) == 0.0
+    assert price(problem, tables, work, 0, largest_prices(problem, tables) * 0.9, 0.0) == 0.0
