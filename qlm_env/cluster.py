@@ -95,7 +95,11 @@ def make_placements(cluster: ClusterSpec, models: tuple[ModelSpec, ...], profile
     """The (instance, model) table, shape (I, M): latency, memory and loading costs from the profiles.
 
     Where a model does not fit (:func:`qlm_env.profiles.fitting_profile`) ``num_blocks`` is 0.
+
+    Args:
+        profile_folder: profiles that are looked up first; ``None`` takes the cluster's own folder.
     """
+    profile_folder = profile_folder or cluster.profile_path
     rows = []
     for group in cluster.instances:
         row = np.zeros(len(models), PLACEMENT_DTYPE)

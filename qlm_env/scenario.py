@@ -19,12 +19,12 @@ def capacity_per_s(cluster: ClusterSpec, workload: SyntheticWorkload | TraceWork
         ModelLoad(entry.model, entry.weight, *lengths)
         for entry, lengths in zip(workload.mix, expected_lengths(workload), strict=True)
     ]
-    return cluster_capacity_per_s(cluster, workload.models, loads)
+    return cluster_capacity_per_s(cluster, workload.models, loads, cluster.profile_path)
 
 
 def _check_profiled(cluster: ClusterSpec) -> None:
     """Refuse an instance without any profile: it would never serve a request. Mostly a misspelt device."""
-    known = sorted({(key.device, key.tp) for key in list_profiles()})
+    known = sorted({(key.device, key.tp) for key in list_profiles(cluster.profile_path)})
     for index, group in enumerate(cluster.instances):
         if (group.device, group.tp) not in known:
             allowed = ", ".join(f"{device} tp={tp}" for device, tp in known)
@@ -44,7 +44,7 @@ class Episodes:
 
     def __init__(self, scenario: ScenarioSpec) -> None:
         _check_profiled(scenario.cluster)
-        check_placement(scenario.cluster, scenario.workload)
+        check_placement(scenario.cluster, scenario.workload, scenario.cluster.profile_path)
         workload = scenario.workload
         self._trace = load_trace(workload) if isinstance(workload, TraceWorkload) else None
         if isinstance(workload, SyntheticWorkload):

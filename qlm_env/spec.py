@@ -7,27 +7,20 @@ whose message is one line naming the key and what is allowed there.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class ConfigError(ValueError):
-    """A configuration a user can correct; the message is one line."""
-
-
-class Spec(BaseModel):
-    """Base of all specifications: frozen, no unknown keys, plain JSON values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from qlm_env.spec_base import ConfigError as ConfigError
+from qlm_env.spec_base import NonNegativeFloat as NonNegativeFloat
+from qlm_env.spec_base import PositiveFloat as PositiveFloat
+from qlm_env.spec_base import PositiveInt as PositiveInt
+from qlm_env.spec_base import Share as Share
+from qlm_env.spec_base import Spec as Spec
+from qlm_env.spec_base import Text, did_you_mean, unique
+from qlm_env.spec_base import parse as parse
+from qlm_env.vllm_spec import GivenVllm, VllmSpec
 
 
 # --------------------------------------------------------------------------- service levels
@@ -55,7 +48,7 @@ class SloSpec(Spec):
     @field_validator("classes")
     @classmethod
     def _named_once(cls, value: tuple[SloClassSpec, ...]) -> tuple[SloClassSpec, ...]:
-        _unique([c.name for c in value], "SLO class")
+        unique([c.name for c in value], "SLO class")
         return value
 
 
@@ -101,6 +94,7 @@ class InstancesSpec(Spec):
     """``count`` identical instances on ``tp`` GPUs of one device type each."""
 
     device: str
+    """The profile's name of it. ``CPU`` is no GPU: a real instance computes on cores."""
     tp: PositiveInt = 1
     count: PositiveInt = 1
     host_memory_gb: NonNegativeFloat = 128.0
@@ -112,6 +106,10 @@ class InstancesSpec(Spec):
     warm_models: tuple[str, ...] = ()
     """Models staged in host memory at time 0."""
 
+    @property
+    def num_gpus(self) -> int:
+        return 0 if self.device == "CPU" else self.tp
+
 
 class FailureSpec(Spec):
     """Instance ``instance`` is down from ``at_s`` for ``duration_s`` seconds, then empty and up."""
@@ -122,16 +120,34 @@ class FailureSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """A cluster: instances by device type, engine settings, injected failures."""
+    """A cluster: instances by device type, engine settings, injected failures, and where its real servers are."""
 
     name: str = "custom"
     instances: Annotated[tuple[InstancesSpec, ...], Field(min_length=1)]
     engine: EngineSpec = EngineSpec()
     failures: tuple[FailureSpec, ...] = ()
+    profile_folder: Text | None = None
+    """Profiles that are looked up before the shipped ones, such as those of ``qlm profile measure``."""
+    vllm: VllmSpec | None = None
+    """The real servers, for ``backend="vllm"``."""
 
     @property
     def num_instances(self) -> int:
         return sum(group.count for group in self.instances)
+
+    @property
+    def profile_path(self) -> Path | None:
+        return None if self.profile_folder is None else Path(self.profile_folder)
+
+    @model_validator(mode="after")
+    def _servers_name_instances(self) -> ClusterSpec:
+        for server in self.vllm.servers if isinstance(self.vllm, GivenVllm) else ():
+            if server.instance >= self.num_instances:
+                raise ValueError(
+                    f"vllm.servers names instance {server.instance}, but the cluster has instances "
+                    f"0..{self.num_instances - 1}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _failures_name_instances(self) -> ClusterSpec:
@@ -259,11 +275,11 @@ class WorkloadBase(Spec):
     @model_validator(mode="after")
     def _mix_names_models(self) -> WorkloadBase:
         names = [model.name for model in self.models]
-        _unique(names, "model")
+        unique(names, "model")
         for entry in self.mix:
             if entry.model not in names:
                 raise ValueError(
-                    f"mix names model {entry.model!r}; allowed: {', '.join(names)}" + _did_you_mean(entry.model, names)
+                    f"mix names model {entry.model!r}; allowed: {', '.join(names)}" + did_you_mean(entry.model, names)
                 )
         return self
 
@@ -375,7 +391,7 @@ class ScenarioSpec(Spec):
             if entry.slo_class not in names:
                 raise ValueError(
                     f"workload.mix names slo_class {entry.slo_class!r}; allowed: {', '.join(names)}"
-                    + _did_you_mean(entry.slo_class, names)
+                    + did_you_mean(entry.slo_class, names)
                 )
         models = [m.name for m in self.workload.models]
         for group in self.cluster.instances:
@@ -383,86 +399,12 @@ class ScenarioSpec(Spec):
                 if name not in models:
                     raise ValueError(
                         f"cluster.instances names model {name!r}; allowed: {', '.join(models)}"
-                        + _did_you_mean(name, models)
+                        + did_you_mean(name, models)
                     )
+        for server in self.cluster.vllm.servers if isinstance(self.cluster.vllm, GivenVllm) else ():
+            if server.model not in models:
+                raise ValueError(
+                    f"cluster.vllm.servers names model {server.model!r}; allowed: {', '.join(models)}"
+                    + did_you_mean(server.model, models)
+                )
         return self
-
-
-# --------------------------------------------------------------------------- parsing
-S = TypeVar("S", bound=Spec)
-
-
-def parse(spec: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
-    """Validate ``values`` as ``spec``.
-
-    Raises:
-        ConfigError: one line; names the first offending key (dotted, below ``prefix``) and what is allowed.
-    """
-    try:
-        return spec.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_one_line(spec, error, prefix)) from None
-
-
-def _one_line(spec: type[Spec], error: ValidationError, prefix: str) -> str:
-    first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
-    known, owner = _resolve(spec, location)
-    key = ".".join([*([prefix] if prefix else []), *known]) or spec.__name__
-    message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
-    if first["type"] == "extra_forbidden" and owner is not None:
-        allowed = sorted(owner.model_fields)
-        return f"unknown key '{key}'; allowed: {', '.join(allowed)}" + _did_you_mean(known[-1], allowed)
-    if first["type"] == "missing":
-        return f"missing key '{key}'"
-    got = (
-        "" if isinstance(first["input"], Mapping) or first["type"] == "value_error" else (f" (got {first['input']!r})")
-    )
-    return f"'{key}': {message[0].lower()}{message[1:]}{got}"
-
-
-def _resolve(spec: type[Spec], location: list[str]) -> tuple[list[str], type[Spec] | None]:
-    """The user's dotted key for a pydantic location, without union tags, and the spec that owns its last part."""
-    key: list[str] = []
-    owner: type[Spec] | None = spec
-    candidates: list[type[Spec]] = [spec]
-    for part in location:
-        if len(candidates) > 1:
-            tagged = [c for c in candidates if _tag(c) == part]
-            if tagged:
-                candidates = tagged
-                continue
-        if part.isdigit():
-            key.append(part)
-            continue
-        key.append(part)
-        owner = next((c for c in candidates if part in c.model_fields), candidates[0] if candidates else None)
-        field = owner.model_fields.get(part) if owner is not None else None
-        if field is None:
-            break
-        candidates = _specs_in(field.annotation) or candidates[:1]
-    return key, owner
-
-
-def _tag(spec: type[Spec]) -> str | None:
-    field = spec.model_fields.get("kind")
-    return str(get_args(field.annotation)[0]) if field is not None else None
-
-
-def _specs_in(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    if get_origin(annotation) in (Annotated, tuple, Union, UnionType):
-        return [found for argument in get_args(annotation) for found in _specs_in(argument)]
-    return []
-
-
-def _unique(names: list[str], what: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{what} {name!r} is defined more than once")
-
-
-def _did_you_mean(word: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""

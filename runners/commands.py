@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners import config, live_config, profile_config, validate_config
+from runners import cluster_config, config, live_config, profile_config, validate_config
 
 BENCHMARKS = {
     "emulator": ("runners.bench_emulator", config.parse_bench_emulator, "how fast the emulator runs on this machine"),
@@ -104,6 +104,30 @@ def _serve_vllm(options: live_config.ServeOptions) -> None:
     from runners.vllm_serve import serve
 
     serve(options)
+
+
+def _make_model(options: cluster_config.MakeModelOptions) -> None:
+    from runners.make_model import make_model
+
+    make_model(options)
+
+
+def _cluster_up(options: cluster_config.UpConfig) -> None:
+    from runners.cluster_commands import up
+
+    up(options)
+
+
+def _cluster_status(options: cluster_config.FolderOptions) -> None:
+    from runners.cluster_commands import status
+
+    status(options)
+
+
+def _cluster_down(options: cluster_config.FolderOptions) -> None:
+    from runners.cluster_commands import down
+
+    down(options)
 
 
 def _bench(name: str, options: config.BenchOptions) -> None:
@@ -239,6 +263,37 @@ COMMANDS = {
         parse=live_config.parse_serve,
         run=_serve_vllm,
         examples=("qlm vllm serve port=8000", "qlm vllm serve model_folder=my-model name=mine max_num_seqs=64"),
+    ),
+    "vllm make-model": Command(
+        summary="a small model of random weights, for a server to serve",
+        config_name="vllm_make_model",
+        parse=cluster_config.parse_make_model,
+        run=_make_model,
+        examples=("qlm vllm make-model out=models/chat seed=1",),
+    ),
+    "cluster up": Command(
+        summary="vLLM servers that outlive one run, one per instance and model",
+        config_name="cluster_up",
+        parse=cluster_config.parse_up,
+        run=_cluster_up,
+        examples=(
+            "qlm cluster up cluster=live_cpu workload=live_multi out=results/cluster",
+            "qlm cluster up cluster=live_gpu workload=w_a cluster.vllm.model_folders.vicuna-7b=/models/vicuna-7b",
+        ),
+    ),
+    "cluster status": Command(
+        summary="how every server of such a cluster stands",
+        config_name="cluster_status",
+        parse=cluster_config.parse_folder,
+        run=_cluster_status,
+        examples=("qlm cluster status out=results/cluster",),
+    ),
+    "cluster down": Command(
+        summary="stops such a cluster, with all its servers",
+        config_name="cluster_down",
+        parse=cluster_config.parse_folder,
+        run=_cluster_down,
+        examples=("qlm cluster down out=results/cluster",),
     ),
     **{
         f"bench {name}": Command(

@@ -201,7 +201,7 @@ def parse_compare(values: Mapping[str, Any]) -> CompareConfig:
     Raises:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
-    scenario, rest = _split_scenario(values)
+    scenario, rest = split_scenario(values)
     planners = _parse_planners(rest.pop("planner", None))
     return CompareConfig(scenario, planners, parse(RunOptions, rest))
 
@@ -220,7 +220,7 @@ def parse_evaluate(values: Mapping[str, Any]) -> CompareConfig:
     return config
 
 
-def _split_scenario(values: Mapping[str, Any]) -> tuple[ScenarioSpec, dict[str, Any]]:
+def split_scenario(values: Mapping[str, Any]) -> tuple[ScenarioSpec, dict[str, Any]]:
     """The scenario in ``values`` and the keys beside it."""
     keys = ScenarioSpec.model_fields
     scenario = parse(ScenarioSpec, {key: value for key, value in values.items() if key in keys})
@@ -259,7 +259,7 @@ def parse_attainable(values: Mapping[str, Any]) -> AttainableConfig:
     Raises:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
-    scenario, rest = _split_scenario(values)
+    scenario, rest = split_scenario(values)
     options = parse(SeedsOptions, rest)
     return AttainableConfig(scenario, options.seeds, Path(options.out))
 
@@ -279,7 +279,7 @@ def parse_workload_describe(values: Mapping[str, Any]) -> WorkloadConfig:
     Raises:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
-    scenario, rest = _split_scenario(values)
+    scenario, rest = split_scenario(values)
     return WorkloadConfig(scenario, parse(WorkloadOptions, rest).seed)
 
 
@@ -289,7 +289,7 @@ def parse_workload_export(values: Mapping[str, Any]) -> WorkloadConfig:
     Raises:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
-    scenario, rest = _split_scenario(values)
+    scenario, rest = split_scenario(values)
     options = parse(ExportOptions, rest)
     return WorkloadConfig(scenario, options.seed, Path(options.out))
 

@@ -8,7 +8,7 @@ from runners.commands import COMMANDS, Command
 from runners.composition import group_options, read_schema
 
 GROUPS = {
-    "cluster": "instances by device type, engine settings, injected failures",
+    "cluster": "instances by device type, engine settings, injected failures, real servers",
     "workload": "models, SLO mix, arrivals and lengths, or a trace",
     "slo": "SLO classes and the latency they are measured on",
     "environment": "decision epochs, request groups, decision time, costs",
@@ -18,8 +18,8 @@ GROUPS = {
 
 SETTINGS = {
     "seeds": "a count (3 is 0, 1, 2) or a list ([4,7])",
-    "seed": "the seed the requests are drawn from",
-    "out": "where results are written; the same folder again resumes the run",
+    "seed": "the seed that everything random comes from",
+    "out": "the folder of what is written; the same folder again resumes a run",
     "jobs": "episodes at once; null is one per CPU core",
     "num_requests": "requests of every load",
     "loads": "arrival rates, as shares of the instance's capacity",
@@ -86,6 +86,7 @@ SETTINGS = {
     "kv_cache_gib": "memory for the KV cache of a CPU engine, in GiB",
     "dtype": "number format of weights and KV cache",
     "scheduling_policy": "fcfs or priority",
+    "servers": "all: of every model an instance can hold, all but one asleep; initial: of its initial model alone",
     "cpus": "cores a CPU engine computes on, such as [0]; null is all but one",
     "arguments": "further arguments of the server, such as [--no-enable-prefix-caching]",
     "start_timeout_s": "seconds until a server that is not ready is given up",

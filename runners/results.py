@@ -51,6 +51,14 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
+def _profiles_version(folder: Path) -> str:
+    """Identifies the profiles in a user's folder, which may be measured anew between two runs."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.yaml")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class EpisodeKey:
     """What an episode is identified by."""
@@ -71,6 +79,8 @@ class EpisodeKey:
             str(self.seed),
             code_version(),
         ]
+        if (folder := self.scenario.cluster.profile_path) is not None:
+            parts.append(_profiles_version(folder))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def row_path(self, out: Path) -> Path:

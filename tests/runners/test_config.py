@@ -18,6 +18,7 @@ from runners.episode import check_scenario
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 PLACES = {
+    "live_multi": "live_cpu",
     "w_a": "small",
     "w_a_13b": "small",
     "w_a_70b": "small_multi",
@@ -127,6 +128,9 @@ def test_shipped_clusters_have_profiles_and_the_sizes_they_claim(configure: Conf
         "paper": {"A10": 30, "A100": 50},
         "paper_multi": {"A10": 30, "A100": 50},
         "large": {"A10": 400, "A100": 600},
+        "live_cpu": {"A10": 0, "A100": 0},
+        "live_gpu": {"A10": 0, "A100": 4},
+        "live_ray": {"A10": 0, "A100": 4},
     }
 
 

@@ -34,6 +34,16 @@ def test_everything_that_decides_the_numbers_is_in_the_key(
     assert len(digests) == 6
 
 
+def test_profiles_of_ones_own_are_in_the_key(configure: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    scenario = configure(f"cluster.profile_folder={tmp_path}").scenario
+    key = EpisodeKey(scenario, "fcfs", parse_planner("fcfs", {}), 0)
+    digests = {key.digest}
+    for text in ("a", "b"):
+        (tmp_path / "cpu_tiny_tp1.yaml").write_text(text)
+        digests.add(key.digest)
+    assert len(digests) == 3
+
+
 def test_the_code_version_is_a_function_of_the_files() -> None:
     first = results.code_version()
     results.code_version.cache_clear()

@@ -35,6 +35,8 @@ class CompletionRequest(NamedTuple):
     max_tokens: int
     priority: int = 0
     """Smaller is served earlier, by a server that schedules by priority."""
+    cache_salt: str | None = None
+    """KV that the prefix cache has from requests of another salt is not found."""
 
 
 class TokenChunk(NamedTuple):
@@ -119,10 +121,15 @@ class VllmClient:
             ServerUnreachable: nothing answers.
             RequestRefused: the server answers with an error, 404 where it has no such endpoint.
         """
-        with self._explained(f"GET {path}"):
-            async with self._session.get(f"{self.url}{path}") as response:
-                await self._check(response, path)
-                return await response.text()
+        return await self._call("GET", path)
+
+    async def post(self, path: str) -> str:
+        """Call ``path``, such as ``/wake_up``, without a body and return what it answers.
+
+        Raises:
+            ServerError: as :meth:`get_text`.
+        """
+        return await self._call("POST", path)
 
     async def get_json(self, path: str) -> Any:
         """The body of ``path`` as JSON values.
@@ -188,6 +195,8 @@ class VllmClient:
         }
         if request.priority:
             body["priority"] = request.priority
+        if request.cache_salt is not None:
+            body["cache_salt"] = request.cache_salt
         with self._explained("a completion"):
             async with self._session.post(f"{self.url}/v1/completions", json=body) as response:
                 await self._check(response, "/v1/completions")
@@ -221,6 +230,12 @@ class VllmClient:
         if not all("token_ids" in choice for choice in message.get("choices", [{}])):
             raise ServerError(f"{self.url} streams no token ids: is this vLLM 0.10.2 or newer?")
         return message
+
+    async def _call(self, method: str, path: str) -> str:
+        with self._explained(f"{method} {path}"):
+            async with self._session.request(method, f"{self.url}{path}") as response:
+                await self._check(response, path)
+                return await response.text()
 
     async def _check(self, response: aiohttp.ClientResponse, path: str) -> None:
         if response.status == 200:

@@ -1,5 +1,7 @@
 """Runs a command in a process group of its own and ends the whole group when standard input closes.
 
+A byte on standard input kills the group at once.
+
 ``python guard.py GRACE_S COMMAND ...``. Whoever starts it holds the other end of its standard input, so that
 the command ends with its starter even if that is killed. It needs nothing beside the standard library, and is
 run as a file so that it starts at once.
@@ -28,7 +30,8 @@ def main(arguments: list[str]) -> int:
             signal.signal(number, _stop)
         while process.poll() is None:
             readable, _, _ = select.select([_STDIN], [], [], _POLL_S)
-            if readable and not os.read(_STDIN, 1):
+            if readable:
+                grace_s = 0.0 if os.read(_STDIN, 1) else grace_s
                 break
     except KeyboardInterrupt:
         pass
@@ -43,7 +46,8 @@ def _stop(*_: object) -> None:
 def _end_group(leader: subprocess.Popen[bytes], grace_s: float) -> None:
     """Ask the processes of the group to end, and kill what has not ended after ``grace_s``."""
     deadline_s = time.monotonic() + grace_s
-    _signal(leader.pid, signal.SIGTERM)
+    if grace_s > 0:
+        _signal(leader.pid, signal.SIGTERM)
     while leader.poll() is None and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
     # Also if the leader has ended: what it started may be left.

@@ -1,16 +1,20 @@
 """Small Llama models with random weights, made locally so that a real server can run anywhere.
 
-A folder holds the configuration and a byte-level tokenizer; the weights come from the server's own
-``--load-format dummy``. Nothing is downloaded and nothing the model says means anything: latencies depend on
-its shape alone.
+A folder holds the configuration and a byte-level tokenizer. The weights come from the server's own
+``--load-format dummy``, or are written too, by a seed, so that every server that loads them says the same.
+Nothing is downloaded and nothing the model says means anything: latencies depend on its shape alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlm_env.workload.atomic import atomic_path
 
@@ -19,6 +23,12 @@ BYTES_PER_PARAMETER = 2
 
 END_OF_TEXT = "<|end_of_text|>"
 NUM_BYTE_TOKENS = 256
+WEIGHTS_FILE = "model.safetensors"
+
+_ATTENTION_GAIN = 1.5
+_ALIGNMENT = 8
+
+Weights: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,20 @@ class LlamaShape:
         return 2 * BYTES_PER_PARAMETER * self.num_layers * self.num_kv_heads * self.head_size
 
 
-def write_random_llama(folder: Path, shape: LlamaShape | None = None) -> None:
-    """Write a model folder that vLLM serves with ``--load-format dummy``; files there are replaced.
+def write_random_llama(folder: Path, shape: LlamaShape | None = None, seed: int | None = None) -> None:
+    """Write a model folder; files there are replaced.
+
+    Args:
+        seed: of weights to write; without it there are none, and vLLM has to make them (``--load-format dummy``).
 
     Raises:
         OSError: the folder cannot be written.
     """
     shape = LlamaShape() if shape is None else shape
+    if seed is not None:
+        weights = _random_weights(shape, np.random.default_rng(seed))
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            _write_safetensors(temporary, weights)
     files = {
         "config.json": _model_config(shape),
         "tokenizer.json": _byte_tokenizer(),
@@ -91,6 +108,57 @@ def read_shape(folder: Path) -> LlamaShape | None:
         context_tokens=values["max_position_embeddings"],
     )
     return shape if values.get("head_dim", shape.head_size) == shape.head_size else None
+
+
+def _random_weights(shape: LlamaShape, rng: np.random.Generator) -> dict[str, Weights]:
+    """Zero-mean weights that keep the scale of what they act on.
+
+    Every layer then adds as much to a token's state as the token itself brought, and the next token depends on the
+    whole context. The small weights of a model before its training let the last token alone decide, so
+    that the answer soon goes in a circle.
+    """
+
+    def matrix(outputs: int, inputs: int, gain: float = 1.0) -> Weights:
+        weights: Weights = (rng.standard_normal((outputs, inputs)) * gain / np.sqrt(inputs)).astype(np.float32)
+        return weights
+
+    hidden, kv = shape.hidden_size, shape.num_kv_heads * shape.head_size
+    ones = np.ones(hidden, np.float32)
+    weights = {
+        "model.embed_tokens.weight": rng.standard_normal((shape.vocab_size, hidden)).astype(np.float32),
+        "model.norm.weight": ones,
+        "lm_head.weight": matrix(shape.vocab_size, hidden),
+    }
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            # Sharp attention: a mean over the whole context would hardly change from token to token.
+            f"{prefix}self_attn.q_proj.weight": matrix(hidden, hidden, _ATTENTION_GAIN),
+            f"{prefix}self_attn.k_proj.weight": matrix(kv, hidden, _ATTENTION_GAIN),
+            f"{prefix}self_attn.v_proj.weight": matrix(kv, hidden),
+            f"{prefix}self_attn.o_proj.weight": matrix(hidden, hidden),
+            f"{prefix}mlp.gate_proj.weight": matrix(shape.intermediate_size, hidden),
+            f"{prefix}mlp.up_proj.weight": matrix(shape.intermediate_size, hidden),
+            f"{prefix}mlp.down_proj.weight": matrix(hidden, shape.intermediate_size),
+            f"{prefix}input_layernorm.weight": ones,
+            f"{prefix}post_attention_layernorm.weight": ones,
+        }
+    return weights
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Weights]) -> None:
+    """The safetensors format: the length of a JSON header (8 bytes, little-endian), the header, the numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.astype("<f4").tobytes())
 
 
 def _model_config(shape: LlamaShape) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -37,8 +38,10 @@ class ServerCommand:
     port: int
     arguments: tuple[str, ...] = ()
     """Further arguments of vLLM's API server."""
-    environment: tuple[tuple[str, str], ...] = ()
-    """Variables for the process, beside this one's own."""
+    environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Variables for the process, beside this one's own; an API key may be among them."""
+    host: str = HOST
+    """The address it listens on; beyond the loopback address its development endpoints need protection."""
 
     def words(self) -> list[str]:
         """The command line. It names the server's module because ``vllm serve`` asks for package metadata that
@@ -48,7 +51,7 @@ class ServerCommand:
             "-m",
             "vllm.entrypoints.openai.api_server",
             *("--model", str(self.model), "--served-model-name", self.served_name),
-            *("--host", HOST, "--port", str(self.port)),
+            *("--host", self.host, "--port", str(self.port)),
             *self.arguments,
         ]
 
@@ -65,7 +68,7 @@ class VllmServer:
     def __init__(self, command: ServerCommand, log: Path, start_timeout_s: float = 300.0) -> None:
         self.command = command
         self.log = log
-        self.url = f"http://{HOST}:{command.port}"
+        self.url = f"http://{command.host}:{command.port}"
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -88,12 +91,22 @@ class VllmServer:
         """The status the server ended with; ``None`` while it runs."""
         return None if self._process is None else self._process.poll()
 
-    async def stop(self) -> None:
-        """End the process group and wait until it has ended."""
+    async def stop(self, kill: bool = False) -> None:
+        """End the process group and wait until it has ended.
+
+        Args:
+            kill: at once, without asking it to end.
+        """
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        stdin = self._process.stdin
+        assert stdin is not None
+        if not stdin.closed:
+            # A guard that has ended has ended its group before.
+            with contextlib.suppress(BrokenPipeError):
+                if kill:
+                    stdin.write(b"k")
+                stdin.close()
         # Its guard kills what does not end in time, so this cannot hang; it must not be cut short by a second Ctrl-C.
         await asyncio.shield(asyncio.to_thread(self._process.wait))
 
@@ -110,7 +123,7 @@ class VllmServer:
             raise ServerStartFailed(
                 f"'python': no interpreter {self.command.python}; `make vllm-env` makes an environment with vLLM"
             )
-        if not _is_free(self.command.port):
+        if not _is_free(self.command.host, self.command.port):
             raise ServerStartFailed(f"'port': {self.command.port} is in use")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -140,19 +153,19 @@ class VllmServer:
                 await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
-def free_port() -> int:
-    """A port of the loopback address that nothing uses now."""
+def free_port(host: str = HOST) -> int:
+    """A port of an address of this machine that nothing uses now."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return False
         return True

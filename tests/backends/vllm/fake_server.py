@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +32,17 @@ class FakeServer:
     garbage: bool = False
     """Answer everything with a page, as another web server would."""
     scheduling_policy: str = "fcfs"
+    block_size: int = 16
+    num_gpu_blocks: int = 1000
+    hung: bool = False
+    """Take requests and answer nothing any more."""
+    asleep: bool = False
+    running: int = 0
+    """Completions under way."""
+    cached: dict[str, list[int]] = field(default_factory=dict)
+    """By cache salt, the tokens whose KV is there; without a salt nothing is cached."""
+    kv_store: Path | None = None
+    """Store prompts there as vLLM's ExampleConnector does; salts mean nothing to it."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     """The completions asked for."""
     peers: set[Any] = field(default_factory=set)
@@ -50,6 +63,15 @@ class FakeServer:
         self._thread.start()
         ready.wait()
         return self
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it ended by a fault of its own."""
+        return self._dead.is_set()
+
+    def die(self) -> None:
+        """Drop every connection and the port."""
+        self._loop.call_soon_threadsafe(self._dead.set)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -73,7 +95,13 @@ class FakeServer:
             ("/server_info", self._server_info),
         ):
             app.router.add_get(path, handler)
-        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_get("/is_sleeping", self._is_sleeping)
+        for path, handler in (
+            ("/v1/completions", self._completions),
+            ("/sleep", self._sleep),
+            ("/wake_up", self._wake_up),
+        ):
+            app.router.add_post(path, handler)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -94,6 +122,8 @@ class FakeServer:
             raise web.HTTPNotFound
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
+        if self.hung:
+            await self._stopped.wait()
         response: web.StreamResponse = await handler(request)
         return response
 
@@ -104,7 +134,8 @@ class FakeServer:
         return web.json_response({"data": [{"id": self.model, "root": "x", "max_model_len": self.max_model_len}]})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        labels = 'block_size="16",num_gpu_blocks="1000",enable_prefix_caching="True",cache_dtype="auto"'
+        sizes = f'block_size="{self.block_size}",num_gpu_blocks="{self.num_gpu_blocks}"'
+        labels = f'{sizes},enable_prefix_caching="True",cache_dtype="auto"'
         return web.Response(
             text=f"# HELP x y\nvllm:cache_config_info{{{labels}}} 1.0\n"
             'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
@@ -120,6 +151,18 @@ class FakeServer:
         config = {"scheduler_config": scheduler, "cache_config": {}}
         return web.json_response({"vllm_config": config, "vllm_env": {"VLLM_API_KEY": self.api_key}})
 
+    async def _is_sleeping(self, _: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": self.asleep})
+
+    async def _sleep(self, _: web.Request) -> web.Response:
+        self.asleep = True
+        self.cached.clear()
+        return web.json_response({"status": "sleeping"})
+
+    async def _wake_up(self, _: web.Request) -> web.Response:
+        self.asleep = False
+        return web.json_response({"status": "awake"})
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if body["model"] != self.model:
@@ -130,8 +173,12 @@ class FakeServer:
         self.bodies.append(body)
         assert request.transport is not None
         self.peers.add(request.transport.get_extra_info("peername"))
+        assert not self.asleep, "a completion was asked of a sleeping server"
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        tokens = list(body["prompt"])
+        found = max(self._found(body.get("cache_salt"), tokens), self._found_in_store(tokens))
+        self.running += 1
         try:
             await asyncio.sleep(self.FIRST_TOKEN_S + prompt * self.PROMPT_TOKEN_S)
             for index in range(body["max_tokens"]):
@@ -142,15 +189,47 @@ class FakeServer:
                     self._dead.set()
                     request.transport.abort()
                     return response
+                while self.hung:
+                    await asyncio.sleep(self.TOKEN_S)
+                tokens.append(index)
+                if "cache_salt" in body:
+                    self.cached[body["cache_salt"]] = tokens[:-1]
                 await self._send(response, {"choices": [{"index": 0, "text": "x", "token_ids": [index]}]})
-            usage = {"prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": 0}}
+            usage = {"prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": found}}
             metrics = {"queue_time_ms": 1.0, "time_to_first_token_ms": 2.0, "generation_time_ms": 3.0}
             await self._send(response, {"choices": [], "usage": usage, "metrics": metrics})
             await response.write(b"data: [DONE]\n\n")
         except (asyncio.CancelledError, ConnectionError):
             self.aborted.set()
             raise
+        finally:
+            self.running -= 1
         return response
+
+    def _found(self, salt: str | None, tokens: list[int]) -> int:
+        """Tokens in whole blocks at the beginning that are cached, never all of them."""
+        equal = 0
+        for mine, cached in zip(tokens[:-1], self.cached.get(salt or "", ()), strict=False):
+            if mine != cached:
+                break
+            equal += 1
+        return equal // self.block_size * self.block_size
+
+    def _found_in_store(self, tokens: list[int]) -> int:
+        """What the store has of a prompt; one that it has not is stored."""
+        if self.kv_store is None:
+            return 0
+        found, whole = ((len(tokens) - back) // self.block_size * self.block_size for back in (2, 1))
+        entry = self._entry(tokens[:whole])
+        if found > 0 and self._entry(tokens[:found]).exists():
+            assert entry.exists(), "the engine would die of a missing file"
+            return found
+        entry.mkdir(exist_ok=True)
+        return 0
+
+    def _entry(self, tokens: list[int]) -> Path:
+        assert self.kv_store is not None
+        return self.kv_store / hashlib.md5(b"".join(token.to_bytes(8, "little") for token in tokens)).hexdigest()
 
     @staticmethod
     async def _send(response: web.StreamResponse, message: dict[str, Any]) -> None:
