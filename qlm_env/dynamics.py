@@ -204,6 +204,14 @@ def settle_up_to_now(world: World) -> None:
         world.slo[c].next_row = cursor
 
 
+@kernel
+def finish(world: World, r: int) -> None:
+    """A request has all its tokens: settle and count it."""
+    world.clock[0].finished += 1
+    settle(world, r, MET if _in_time(world, r) else MISSED)
+    note_finished(world.queues, world.requests, r)
+
+
 @compiled
 def settle_rest_as_missed(world: World) -> None:
     """The episode is cut off: what has not reached its target's event by now has missed."""
@@ -213,7 +221,7 @@ def settle_rest_as_missed(world: World) -> None:
 
 # --------------------------------------------------------------------------- engine boundaries
 @kernel
-def _return_to_group(world: World, r: int) -> None:
+def return_to_group(world: World, r: int) -> None:
     """A request leaves the engine for its group, which goes behind the head of the queue it last was in."""
     give_back(world.queues, world.requests, r)
     g = world.requests[r].group
@@ -235,7 +243,7 @@ def _discard_kept_kv(world: World, g: int) -> None:
 def _return_engine_queue(world: World, i: int) -> None:
     r = dequeue(world.fleet, world.requests, i)
     while r != NOWHERE:
-        _return_to_group(world, r)
+        return_to_group(world, r)
         r = dequeue(world.fleet, world.requests, i)
 
 
@@ -257,7 +265,7 @@ def _evict(world: World, i: int) -> float:
         if requests[r].group != head:
             copied_bytes += evict(fleet, requests, i, slot, keep)
             count += 1
-            _return_to_group(world, r)
+            return_to_group(world, r)
     r = engine.queue_head
     if r != NOWHERE and requests[r].group != head:
         # The engine's own queue holds preempted requests of earlier groups, without KV.
@@ -279,8 +287,22 @@ def _next_candidate(world: World, i: int) -> int:
     return head.head if head.model == engine.active_model else NOWHERE
 
 
+@inlined
+def take_from_head(world: World, i: int) -> bool:
+    """The head group's first request goes to the engine; whether that empties the group."""
+    queue = world.queues.queue[i]
+    g = queue.head
+    take_first(world.queues, world.requests, g)
+    record(world, PULL, i, g, 1)
+    if world.queues.group[g].waiting > 0:
+        return False
+    unlink(world.queues, g)
+    queue.pull_requested = 0
+    return True
+
+
 @kernel
-def _runs_less_urgent(world: World, i: int, r: int) -> bool:
+def runs_less_urgent(world: World, i: int, r: int) -> bool:
     """Whether the batch holds a request with a longer target than the waiting request ``r``."""
     target_s = world.slo[world.requests[r].slo_class].target_s
     for slot in range(world.fleet.engine[i].num_running):
@@ -290,12 +312,21 @@ def _runs_less_urgent(world: World, i: int, r: int) -> bool:
     return False
 
 
+@inlined
+def end_blocking(world: World, i: int) -> None:
+    """Add up the time in which less urgent requests held the room that the next one waits for."""
+    queue = world.queues.queue[i]
+    if queue.blocked_since_s != NEVER:
+        world.clock[0].hol_blocking_s += world.clock[0].now_s - queue.blocked_since_s
+        queue.blocked_since_s = NEVER
+
+
 @kernel
 def _schedule(world: World, i: int, admit: bool) -> int:
     """Schedule the instance's next leap with pulls from its head groups; returns epoch bits."""
-    fleet, requests, queues = world.fleet, world.requests, world.queues
+    fleet, requests = world.fleet, world.requests
     engine = fleet.engine[i]
-    queue = queues.queue[i]
+    queue = world.queues.queue[i]
     now_s = world.clock[0].now_s
     preempted_before = engine.preemptions
     epoch = 0
@@ -313,20 +344,15 @@ def _schedule(world: World, i: int, admit: bool) -> int:
             if r == engine.queue_head:
                 dequeue(fleet, requests, i)
                 continue
-            g = queue.head
-            take_first(queues, requests, g)
-            record(world, PULL, i, g, 1)
-            if queues.group[g].waiting == 0:
-                unlink(queues, g)
-                queue.pull_requested = 0
+            if take_from_head(world, i):
                 epoch |= HEAD_EMPTIED
         if not must_reschedule(fleet, i):
             break
     end_step(fleet, requests, i, now_s)
     if engine.preemptions > preempted_before:
         record(world, PREEMPT, i, NOWHERE, engine.preemptions - preempted_before)
-    if blocked and _runs_less_urgent(world, i, _next_candidate(world, i)):
-        world.queues.queue[i].blocked_since_s = now_s
+    if blocked and runs_less_urgent(world, i, _next_candidate(world, i)):
+        queue.blocked_since_s = now_s
     queue.pull_requested = 0
     return epoch
 
@@ -337,9 +363,7 @@ def _boundary(world: World, i: int) -> int:
     fleet = world.fleet
     engine = fleet.engine[i]
     clock = world.clock[0]
-    if world.queues.queue[i].blocked_since_s != NEVER:
-        clock.hol_blocking_s += clock.now_s - world.queues.queue[i].blocked_since_s
-        world.queues.queue[i].blocked_since_s = NEVER
+    end_blocking(world, i)
     if engine.active_model == NOWHERE and engine.pending_swap == NOWHERE:
         return 0
     if engine.pending_eviction != NO_EVICTION:
@@ -373,12 +397,26 @@ def poke(world: World, i: int) -> int:
         interrupt(world.fleet, i, world.clock[0].now_s)
     elif world.queues.queue[i].blocked_since_s == NEVER:
         r = _next_candidate(world, i)
-        if r != NOWHERE and _runs_less_urgent(world, i, r):
+        if r != NOWHERE and runs_less_urgent(world, i, r):
             world.queues.queue[i].blocked_since_s = world.clock[0].now_s
     return 0
 
 
 # --------------------------------------------------------------------------- events
+@kernel
+def receive(world: World) -> bool:
+    """The next request arrives: it joins a group or is rejected; whether a new group formed."""
+    clock = world.clock[0]
+    r = clock.next_arrival
+    clock.next_arrival += 1
+    if world.requests[r].reject_reason:
+        world.requests[r].state = REJECTED
+        clock.rejected += 1
+        settle(world, r, MISSED)
+        return False
+    return join(world.queues, world.requests, r, clock.now_s)
+
+
 @kernel
 def _arrive(world: World) -> int:
     """Every request that arrives at this instant joins a group or is rejected."""
@@ -387,15 +425,9 @@ def _arrive(world: World) -> int:
     epoch = 0
     while clock.next_arrival < len(requests) and requests[clock.next_arrival].arrival_s <= clock.now_s:
         r = clock.next_arrival
-        clock.next_arrival += 1
-        if requests[r].reject_reason:
-            requests[r].state = REJECTED
-            clock.rejected += 1
-            settle(world, r, MISSED)
-            continue
-        if join(world.queues, requests, r, clock.now_s):
+        if receive(world):
             epoch |= GROUP_FORMED
-        else:
+        elif requests[r].group != NOWHERE:
             group = world.queues.group[requests[r].group]
             if group.queued and group.previous == NOWHERE:
                 epoch |= poke(world, group.queue)
@@ -413,30 +445,16 @@ def _engine_event(world: World, i: int) -> int:
         epoch = MODEL_READY
     elif engine.steps > 0:
         for k in range(finish_leap(world.fleet, world.requests, i, world.finished)):
-            r = world.finished[k]
-            world.clock[0].finished += 1
-            settle(world, r, MET if _in_time(world, r) else MISSED)
-            note_finished(world.queues, world.requests, r)
+            finish(world, world.finished[k])
     else:
         engine.next_event_s = NEVER
     return epoch | _boundary(world, i)
 
 
 @kernel
-def _fail(world: World, i: int) -> None:
-    """The instance goes down: its requests return to their groups without KV, its groups lose their queue."""
-    fleet, requests, queues = world.fleet, world.requests, world.queues
-    engine = fleet.engine[i]
-    catch_up(fleet, i, world.clock[0].now_s)
-    if world.queues.queue[i].blocked_since_s != NEVER:
-        world.clock[0].hol_blocking_s += world.clock[0].now_s - world.queues.queue[i].blocked_since_s
-        world.queues.queue[i].blocked_since_s = NEVER
-    for slot in range(engine.num_running - 1, -1, -1):
-        # The step in progress is lost; blocks need no books, the GPU starts empty.
-        r = release(fleet, requests, i, slot, 0)
-        drop_kv(requests, r)
-        _return_to_group(world, r)
-    _return_engine_queue(world, i)
+def disband_queue(world: World, i: int) -> None:
+    """The instance is down: its groups lose their queue, and what its host memory kept for them."""
+    queues = world.queues
     while queues.queue[i].head != NOWHERE:
         unlink(queues, queues.queue[i].head)
     for k in range(queues.tally[0].live):
@@ -445,6 +463,22 @@ def _fail(world: World, i: int) -> None:
             group.queue = NOWHERE
             _discard_kept_kv(world, queues.live[k])
     queues.queue[i].pull_requested = 0
+
+
+@kernel
+def _fail(world: World, i: int) -> None:
+    """The instance goes down: its requests return to their groups without KV, its groups lose their queue."""
+    fleet, requests = world.fleet, world.requests
+    engine = fleet.engine[i]
+    catch_up(fleet, i, world.clock[0].now_s)
+    end_blocking(world, i)
+    for slot in range(engine.num_running - 1, -1, -1):
+        # The step in progress is lost; blocks need no books, the GPU starts empty.
+        r = release(fleet, requests, i, slot, 0)
+        drop_kv(requests, r)
+        return_to_group(world, r)
+    _return_engine_queue(world, i)
+    disband_queue(world, i)
     power_off(fleet, i, world.clock[0].now_s)
     record(world, FAIL, i, NOWHERE, 0)
 

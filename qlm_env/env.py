@@ -1,23 +1,27 @@
-"""The Gymnasium environment: one emulated cluster, LLM serving operations as actions.
+"""The Gymnasium environment: one cluster, emulated or real, LLM serving operations as actions.
 
 Data flow of a step: the action becomes an LSO (:mod:`.lso`) and the policy's thinking time passes. Then, in one
 compiled call (:mod:`.epoch`), the LSO is applied or time passes to the next decision epoch (:mod:`.dynamics`), and
-observation (:mod:`.observation`) and mask are written. Reward and time are read off the clock.
+observation (:mod:`.observation`) and mask are written. Reward and time are read off the clock. Where the engines are
+not the emulator's own, :mod:`.backend_dynamics` stands in the place of that call.
 """
 
 from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from qlm_env.cluster import instance_names, make_world
+from qlm_env.backend_dynamics import BackendDynamics, rehearse
+from qlm_env.backends.base import Backend
+from qlm_env.cluster import instance_names, make_cluster, make_world
 from qlm_env.dynamics import CLOCK_DTYPE, LOG_FULL, World
 from qlm_env.epoch import ILLEGAL, decide
 from qlm_env.errors import InvalidActionError
@@ -36,6 +40,21 @@ from qlm_env.view import ClusterView
 
 Observation = dict[str, Float32]
 StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
+
+EMULATOR, VLLM = "emulator", "vllm"
+BACKENDS = (EMULATOR, VLLM)
+
+
+def make_vllm_backend(scenario: ScenarioSpec) -> Backend:
+    """The real cluster of ``scenario``; its servers are started, or found, with the first episode.
+
+    Raises:
+        ConfigError: ``cluster.vllm`` is missing, or asks for what is not there.
+    """
+    # With the HTTP client that the emulator does without.
+    from qlm_env.backends.vllm.build import make_backend
+
+    return make_backend(scenario, lambda: make_cluster(scenario.cluster, scenario.workload.models))
 
 
 class QLMEnv(gym.Env[Observation, np.int64]):
@@ -59,7 +78,8 @@ class QLMEnv(gym.Env[Observation, np.int64]):
     Args:
         cluster, workload, slo, environment: a preset's name, or a mapping of its values (``{"preset": name, ...}``
             overrides some); see :mod:`qlm_env.spec`.
-        backend: ``"emulator"``.
+        backend: ``"emulator"``; ``"vllm"``, real servers as ``cluster.vllm`` says, where time is real; or what makes
+            a :class:`~qlm_env.backends.base.Backend` of the scenario, which is then this environment's to close.
         timeline: keep a :class:`~qlm_env.timeline.Timeline` of the episode (``env.unwrapped.timeline``).
         render_mode: ``None``, ``"ansi"`` or ``"rgb_array"``.
 
@@ -75,16 +95,19 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         workload: str | Mapping[str, Any] = "smoke",
         slo: str | Mapping[str, Any] | None = None,
         environment: str | Mapping[str, Any] | None = None,
-        backend: str = "emulator",
+        backend: str | Callable[[ScenarioSpec], Backend] = EMULATOR,
         timeline: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if backend != "emulator":
-            raise ConfigError(f"backend '{backend}' is not available; allowed: emulator")
+        if isinstance(backend, str) and backend not in BACKENDS:
+            raise ConfigError(f"backend '{backend}' is not available; allowed: {', '.join(BACKENDS)}")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(f"render_mode '{render_mode}' is not available; allowed: ansi, rgb_array")
         self._episodes = Episodes(make_scenario(cluster, workload, slo, environment))
         self.scenario: ScenarioSpec = self._episodes.scenario
+        if backend == VLLM:
+            backend = make_vllm_backend
+        self._backend = None if isinstance(backend, str) else backend(self.scenario)
         self.render_mode = render_mode
         self.instance_names = instance_names(self.scenario.cluster)
         self._class_names = [c.name for c in self.scenario.slo.classes]
@@ -96,11 +119,25 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             self._settings.max_groups, len(self.instance_names), len(self._model_names), len(self._class_names)
         )
         self.observation_space = cast("spaces.Space[Observation]", self._observations)
+        self._spec: EnvSpec | None = None
         self._keep_timeline = timeline or render_mode is not None
         self.timeline: Timeline | None = None
         self._world: World | None = None
+        self._dynamics: BackendDynamics | None = None
+        """Of the episode, where the engines are not the emulator's own."""
 
     # ----------------------------------------------------------------- Gymnasium
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How ``gymnasium.make`` made it; other backends than the emulator's own count as nondeterministic."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, value: EnvSpec | None) -> None:
+        if value is not None and self._backend is not None:
+            value.nondeterministic = True
+        self._spec = value
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -116,11 +153,20 @@ class QLMEnv(gym.Env[Observation, np.int64]):
     def start(
         self, requests: RequestTable, prefixes: PromptPrefixes = NO_PREFIXES
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode on a given request table, whose state is reset, and the prefixes its prompts share."""
-        world = make_world(self.scenario, requests, logging=self._keep_timeline, prefixes=prefixes)
+        """Start an episode on a given request table, whose state is reset, and the prefixes its prompts share.
+
+        Backends other than the emulator's own give every request a prompt of its own, whatever ``prefixes`` say.
+        """
+        self._panel: Panel = make_panel(self._observations, len(requests), self.codec.num_actions)
+        if self._backend is None:
+            world = make_world(self.scenario, requests, logging=self._keep_timeline, prefixes=prefixes)
+        else:
+            if self._dynamics is None:
+                rehearse(self.scenario, self._panel)
+            self._dynamics = BackendDynamics(self._backend, self.scenario, requests, logging=self._keep_timeline)
+            world = self._dynamics.world
         self._world = world
         self._clock = world.clock.view(CLOCK_DTYPE, np.ndarray)[0]
-        self._panel: Panel = make_panel(self._observations, len(requests), self.codec.num_actions)
         self.workload_hash = workload_hash(requests)
         self._actions_this_epoch = 0
         self._clustered_at_arrival = 0
@@ -168,11 +214,11 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         Each goes through the same legality check as an action; an illegal one is skipped and counted (an error in
         strict mode).
         """
-        world = self._running_world()
+        self._running_world()
         before_s = self._charge_decision_time()
         invalid = False
         for lso in lsos:
-            if not apply_lso(world, *lso.code()):
+            if not self._apply(lso):
                 invalid = True
                 self._reject(lso)
         self._pass_time(self.now_s + self._settings.decision_interval_s, stop_at_epoch=True)
@@ -194,10 +240,15 @@ class QLMEnv(gym.Env[Observation, np.int64]):
             return draw_text(self.view, self.timeline)
         return draw_frame(self.view, self.timeline)
 
+    def close(self) -> None:
+        """Stop what the backend started; the environment cannot be used afterwards."""
+        if self._backend is not None:
+            self._backend.close()
+
     # ----------------------------------------------------------------- parts of a step
     @property
     def now_s(self) -> float:
-        """Emulated time."""
+        """Seconds since the episode began: emulated, or on a real cluster passed."""
         self._running_world(allow_done=True)
         return float(self._clock["now_s"])
 
@@ -220,7 +271,11 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         before_s = self.now_s
         self.decisions += 1
         charged = self._settings.decision_time
-        if charged.mode == "fixed":
+        if self._dynamics is not None:
+            # It has passed already; what happened meanwhile is heard of before the decision takes effect.
+            if self._dynamics.now_s > before_s:
+                self._pass_time(self._dynamics.now_s, stop_at_epoch=False)
+        elif charged.mode == "fixed":
             self._pass_time(before_s + charged.fixed_s, stop_at_epoch=False)
         elif charged.mode == "measured":
             self._pass_time(before_s + time.perf_counter() - self._decided_at, stop_at_epoch=False)
@@ -248,7 +303,15 @@ class QLMEnv(gym.Env[Observation, np.int64]):
     def _decide(self, lso: Lso, until_s: float, stop_at_epoch: bool) -> int:
         only_advance = self._actions_this_epoch >= self._settings.max_actions_per_epoch
         world = self._running_world()
-        return decide(world, self._panel, *lso.code(), until_s, stop_at_epoch, self._horizon_s, only_advance)
+        how = (until_s, stop_at_epoch, self._horizon_s, only_advance)
+        if self._dynamics is not None:
+            return self._dynamics.decide(self._panel, *lso.code(), *how)
+        return decide(world, self._panel, *lso.code(), *how)
+
+    def _apply(self, lso: Lso) -> bool:
+        if self._dynamics is not None:
+            return self._dynamics.apply_lso(*lso.code())
+        return apply_lso(self._running_world(), *lso.code())
 
     def _reject(self, lso: Lso) -> None:
         if self._settings.strict:

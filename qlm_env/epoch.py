@@ -14,6 +14,19 @@ ILLEGAL = -1
 
 
 @inlined_and_compiled
+def present(world: World, panel: Panel, horizon_s: float, only_advance: bool) -> None:
+    """Fill the panel with the present state; at the horizon, what has no outcome has missed.
+
+    Args:
+        only_advance: nothing but ``advance`` is legal next.
+    """
+    if world.clock[0].now_s >= horizon_s:
+        settle_rest_as_missed(world)
+    observe(world, panel)
+    fill_action_mask(world, panel.row_groups, only_advance, panel.action_mask)
+
+
+@inlined_and_compiled
 def decide(
     world: World,
     panel: Panel,
@@ -42,8 +55,5 @@ def decide(
         outcome = advance(world, min(until_s, horizon_s), stop_at_epoch)
     elif not apply_lso(world, verb, i, subject, option):
         outcome = ILLEGAL
-    if world.clock[0].now_s >= horizon_s:
-        settle_rest_as_missed(world)
-    observe(world, panel)
-    fill_action_mask(world, panel.row_groups, only_advance, panel.action_mask)
+    present(world, panel, horizon_s, only_advance)
     return outcome

@@ -13,6 +13,12 @@ ENVIRONMENTS = {
 }
 
 
+LIVE_ENVIRONMENTS = {
+    "QLM/Live-v0": {"backend": "vllm", "cluster": "live_cpu", "workload": "live_multi"},
+}
+"""On real vLLM servers: time is real, and no episode can be repeated exactly."""
+
+
 def register_environments() -> None:
     """Register every id with Gymnasium."""
     for env_id, kwargs in ENVIRONMENTS.items():
@@ -22,3 +28,5 @@ def register_environments() -> None:
             vector_entry_point="qlm_env.vector:QLMVectorEnv",
             kwargs=kwargs,
         )
+    for env_id, kwargs in LIVE_ENVIRONMENTS.items():
+        gym.register(env_id, entry_point="qlm_env.env:QLMEnv", nondeterministic=True, kwargs=kwargs)

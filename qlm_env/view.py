@@ -38,6 +38,16 @@ class OutputStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """Requests of an episode."""
+
+    total: int
+    waiting: int
+    """In groups, in a virtual queue or not."""
+    finished: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunningRequest:
     """One request in a batch."""
 
@@ -320,6 +330,13 @@ class ClusterView:
         """(M,) requests so far."""
         arrived: NDArray[np.int64] = plain(self._world.queues.kind)["arrived"].sum(axis=(1, 2))
         return arrived
+
+    def progress(self) -> Progress:
+        """How far the episode is."""
+        queues = self._world.queues
+        live = queues.live[: plain(queues.tally)["live"][0]]
+        waiting = int(plain(queues.group)["waiting"][live].sum())
+        return Progress(len(self._world.requests), waiting, int(plain(self._world.clock)["finished"][0]))
 
     def is_legal(self, lso: Lso) -> bool:
         """Whether an operation is allowed now."""

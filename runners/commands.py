@@ -163,6 +163,8 @@ COMMANDS = {
             "qlm compare cluster=smoke workload=smoke planner=[fcfs,edf,qlm] seeds=3 out=results/first",
             "qlm compare workload=w_b cluster=small_multi workload.arrivals.load=0.8",
             "qlm compare -m workload.arrivals.load=0.6,0.8,1.0 out=results/load",
+            "qlm compare backend=vllm cluster=live_cpu workload=live_multi planner=[fcfs,edf,qlm] seeds=1",
+            "qlm compare backend=[emulator,vllm] cluster=live_cpu workload=live_multi planner=edf seeds=1",
         ),
     ),
     "evaluate": Command(

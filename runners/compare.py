@@ -12,7 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from qlm_env.spec import ScenarioSpec
-from runners import files, plots, results, tracking
+from runners import files, plots, results, side_by_side, tracking
 from runners.config import CompareConfig
 from runners.episode import check_scenario, run_episode
 from runners.episodes import EpisodeFunction, EpisodeTask, run_episodes
@@ -75,14 +75,21 @@ def _run_and_report(
     results.claim(out, scenario)
     # Seed by seed, so that a run that is stopped early still compares all planners on the first seeds.
     tasks = [
-        EpisodeTask(EpisodeKey(scenario, label, planner, seed), out, options.timeline, episode)
+        EpisodeTask(EpisodeKey(scenario, label, planner, seed, backend), out, options.timeline, episode)
+        for backend in options.backend
         for seed in options.seeds
         for label, planner in config.planners.items()
     ]
     finished, failures = run_episodes(tasks, out, config.jobs)
     if finished:
         labels = list(config.planners)
-        rows = pd.DataFrame(sorted(finished, key=lambda row: (labels.index(row["planner"]), row["seed"])))
+        backends = list(options.backend)
+        rows = pd.DataFrame(
+            sorted(
+                finished,
+                key=lambda row: (labels.index(row["planner"]), backends.index(row["backend"]), row["seed"]),
+            )
+        )
         _report(config, rows, make_table)
     if failures:
         shown = "; ".join(failures[:FAILURES_SHOWN]) + (" ..." if len(failures) > FAILURES_SHOWN else "")
@@ -92,10 +99,17 @@ def _run_and_report(
 
 
 def _report(config: CompareConfig, rows: pd.DataFrame, make_table: TableMaker) -> None:
-    results.check_identical_workloads(rows)
-    summary, out = summarise(rows), config.out
+    out = config.out
+    shown = rows
+    if rows["backend"].nunique() > 1:
+        shown = rows.assign(planner=rows["planner"] + " on " + rows["backend"])
+    results.check_identical_workloads(shown)
     results.write_rows(out / "results.parquet", rows)
-    _write_summary(out, summary)
+    _write_summary(out, summarise(rows))
+    if shown is not rows:
+        page = side_by_side.write_report(config, rows)
+        print(f"emulator and real cluster side by side: {page}", file=sys.stderr)
+    rows, summary = shown, summarise(shown)
     figures = [out / "attainment.png", out / "latency.png"]
     plots.draw_attainment(figures[0], summary)
     plots.draw_latency(figures[1], rows)

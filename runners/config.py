@@ -59,10 +59,20 @@ class SeedsOptions(Spec):
 class RunOptions(SeedsOptions):
     """The settings of `qlm compare` and `qlm evaluate` beside scenario and planners."""
 
+    backend: Annotated[tuple[Literal["emulator", "vllm"], ...], Field(min_length=1)] = ("emulator",)
+    """What serves the requests: one, or both for a comparison of the two."""
     jobs: PositiveInt | None = None
     """Episodes run at once; ``None`` is one per CPU core."""
     timeline: bool = True
     tracking: TrackingSpec = NoTracking()
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        backends = (value,) if isinstance(value, str) else value
+        if isinstance(backends, (list, tuple)) and len(set(map(str, backends))) < len(backends):
+            raise ValueError(f"each backend only once (got {list(backends)!r})")
+        return backends
 
 
 class WorkloadOptions(Spec):

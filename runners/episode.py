@@ -7,7 +7,7 @@ through the functions here.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planners import make_planner
+from planners.base import Planner
 from planners.spec import PlannerSpec
-from qlm_env.env import QLMEnv
+from qlm_env.backends.base import Backend
+from qlm_env.env import EMULATOR, QLMEnv
 from qlm_env.requests import RequestTable
 from qlm_env.scenario import Episodes
 from qlm_env.spec import EnvironmentSpec, ScenarioSpec
+from qlm_env.view import ClusterView
 
 PLANNER_STREAM = 1000
 """Spawn key of a planner's random stream, apart from those of the workload."""
@@ -48,7 +51,6 @@ class EpisodeResult:
     wall_s: float
     """Wall-clock time of the whole episode, in seconds."""
     timeline: Timeline | None = field(default=None, repr=False)
-    backend: str = "emulator"
 
 
 def build_workload(scenario: ScenarioSpec, seed: int) -> RequestTable:
@@ -69,39 +71,69 @@ def check_scenario(scenario: ScenarioSpec, seed: int) -> None:
     build_workload(scenario, seed)
 
 
-def run_episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline: bool) -> EpisodeResult:
+def run_episode(
+    scenario: ScenarioSpec,
+    planner: PlannerSpec,
+    seed: int,
+    *,
+    timeline: bool,
+    backend: Backend | None = None,
+    watch: Callable[[ClusterView], None] | None = None,
+) -> EpisodeResult:
     """Run ``planner`` through one episode of ``scenario``.
 
     Args:
-        seed: the only source of randomness; equal arguments give equal metrics.
+        seed: the only source of randomness; on the emulator, equal arguments give equal metrics.
         timeline: record what every instance did, for :attr:`EpisodeResult.timeline`.
+        backend: what serves the requests, which stays the caller's; None is the emulator.
+        watch: sees the cluster at every decision.
 
     Raises:
         ConfigError: the scenario or the planner cannot be set up as configured.
     """
-    env = QLMEnv(
+    env = make_env(scenario, planner, timeline, backend)
+    policy = make_planner(planner)
+    start = time.perf_counter()
+    _, info = env.reset(seed=seed)
+    workload_hash = info["workload_hash"]
+    metrics, decision_ms = play(env, policy, seed, watch)
+    wall_s = time.perf_counter() - start
+    return EpisodeResult(metrics, workload_hash, policy.statistics(), np.array(decision_ms), wall_s, env.timeline)
+
+
+def make_env(scenario: ScenarioSpec, planner: PlannerSpec, timeline: bool, backend: Backend | None = None) -> QLMEnv:
+    """The environment of an episode; closing ``backend`` stays the caller's."""
+    return QLMEnv(
         scenario.cluster.model_dump(),
         scenario.workload.model_dump(),
         scenario.slo.model_dump(),
         _environment(scenario, planner).model_dump(),
+        backend=EMULATOR if backend is None else lambda _: backend,
         timeline=timeline,
     )
-    policy = make_planner(planner)
-    start = time.perf_counter()
-    _, info = env.reset(seed=seed)
+
+
+def play(
+    env: QLMEnv, policy: Planner, seed: int, watch: Callable[[ClusterView], None] | None = None
+) -> tuple[dict[str, Any], list[float]]:
+    """Finish the episode that ``env`` has just begun.
+
+    Returns:
+        its metrics, and the wall-clock time of each decision in milliseconds.
+    """
     # A stream of its own: what a planner draws must not depend on how the workload was drawn.
     policy.reset(env.view, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(PLANNER_STREAM,))))
-    workload_hash = info["workload_hash"]
     decision_ms: list[float] = []
+    info: dict[str, Any] = {}
     while "metrics" not in info:
         begin = time.perf_counter()
         lsos = policy.act(env.view)
         decision_ms.append(1e3 * (time.perf_counter() - begin))
         info = env.step_plan(lsos)[-1]
-    wall_s = time.perf_counter() - start
-    return EpisodeResult(
-        info["metrics"], workload_hash, policy.statistics(), np.array(decision_ms), wall_s, env.timeline
-    )
+        if watch is not None:
+            watch(env.view)
+    metrics: dict[str, Any] = info["metrics"]
+    return metrics, decision_ms
 
 
 def _environment(scenario: ScenarioSpec, planner: PlannerSpec) -> EnvironmentSpec:

@@ -1,12 +1,15 @@
-"""The episodes of a comparison: those an earlier run has finished, and the others in parallel workers.
+"""The episodes of a comparison: those an earlier run has finished, and the others in parallel workers or in turn.
 
-Every finished episode is a row on disk before its worker starts the next one, so a run that stops for any
-reason goes on where it was when the same command is given again.
+Emulated episodes run in worker processes; those on a real cluster after them, one by one, in this one. Every finished
+episode is a row on disk before the next one starts, so a run that stops for any reason goes on where it was when the
+same command is given again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from planners.spec import PlannerSpec
+from qlm_env.env import EMULATOR
 from qlm_env.spec import ScenarioSpec
 from runners import files, results
 from runners.episode import EpisodeResult
 from runners.errors import CommandInterrupted
+from runners.live import LiveCluster, run_in_turn
 from runners.progress import CountedProgress
 from runners.results import EpisodeKey
 from runners.workers import TaskFailure, run_tasks
@@ -40,10 +45,6 @@ class EpisodeTask:
     out: Path
     timeline: bool
     episode: EpisodeFunction
-
-    @property
-    def name(self) -> str:
-        return f"{self.key.label} seed {self.key.seed}"
 
     def finished_row(self) -> Row | None:
         """The row an earlier run has left, unless a file this run asks for is missing beside it."""
@@ -80,21 +81,26 @@ def run_episodes(tasks: Sequence[EpisodeTask], out: Path, jobs: int) -> tuple[li
     if rows:
         print(f"resuming: {len(rows)} of {len(tasks)} episodes are in {out / 'rows'}", file=sys.stderr)
     failures: list[str] = []
+    emulated = [task for task in missing if task.key.backend == EMULATOR]
+    live = [task for task in missing if task.key.backend != EMULATOR]
     try:
-        with (
-            CountedProgress("episodes", len(tasks), len(rows)) as progress,
-            contextlib.closing(run_tasks(run_task, missing, jobs)) as outcomes,
-        ):
-            for task, outcome in outcomes:
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(CountedProgress("episodes", len(tasks), len(rows)))
+            if live:
+                # Its servers start with its first episode, but what cannot be is told before any other.
+                cluster = stack.enter_context(LiveCluster(live[0].key.scenario, progress.show))
+                live = [dataclasses.replace(task, episode=cluster.run_episode) for task in live]
+            first = stack.enter_context(contextlib.closing(run_tasks(run_task, emulated, jobs)))
+            for task, outcome in itertools.chain(first, run_in_turn(run_task, live)):
                 failure_path = task.key.failure_path(out)
                 if isinstance(outcome, TaskFailure):
                     files.write_text(failure_path, outcome.details or outcome.reason)
-                    failures.append(f"{task.name}: {outcome.reason}")
-                    progress.advance(f"{task.name} failed: {outcome.reason}")
+                    failures.append(f"{task.key.name}: {outcome.reason}")
+                    progress.advance(f"{task.key.name} failed: {outcome.reason}")
                 else:
                     failure_path.unlink(missing_ok=True)
                     rows[task.key.digest] = outcome
-                    progress.advance(f"{task.name}: SLO attainment {100 * outcome['slo_attainment']:.1f} %")
+                    progress.advance(f"{task.key.name}: SLO attainment {100 * outcome['slo_attainment']:.1f} %")
     except KeyboardInterrupt:
         raise CommandInterrupted(
             f"interrupted; {len(rows)} of {len(tasks)} episodes are kept in {out}: give the same command again to go on"

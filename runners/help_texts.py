@@ -50,7 +50,7 @@ SETTINGS = {
     "profiles": "a folder of your own profiles, beside the shipped ones",
     "table": "a CSV file of measured steps, or a folder of vLLM layer times",
     "system": "the device's name in the table, where it differs",
-    "backend": "the engine's name in the table; null takes the only one there",
+    "backend": "what serves the requests: emulator, vllm (real servers, cluster.vllm), or [emulator,vllm] for both",
     "weight_bytes": "of all GPUs of the instance; null is that of the architecture",
     "kv_bytes_per_token": "KV cache of one token; null is that of the architecture",
     "context_tokens": "longest context; null is that of the architecture",
@@ -92,6 +92,11 @@ SETTINGS = {
     "start_timeout_s": "seconds until a server that is not ready is given up",
     "timeline": "write a Chrome trace of every episode to out/timelines",
 }
+
+SETTINGS_OF_COMMANDS = {
+    ("profile fit", "backend"): "the engine's name in the table; null takes the only one there",
+}
+"""Where a key means something else."""
 
 OPTIONS = (
     ("-h, --help", "show this help"),
@@ -137,7 +142,7 @@ def command_help(name: str, command: Command, config_dir: Path | None = None) ->
     width = max(12, *map(len, schema.settings))
     for key, default in schema.settings.items():
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        lines.append(f"  {key:{width}} {SETTINGS[key]} (default: {shown})")
+        lines.append(f"  {key:{width}} {SETTINGS_OF_COMMANDS.get((name, key), SETTINGS[key])} (default: {shown})")
     options = [*OPTIONS, *([MULTIRUN_OPTION] if command.merge else [])]
     lines += ["", "options:", *(f"  {flag:18} {text}" for flag, text in options)]
     lines += ["", "examples:", *(f"  {example}" for example in command.examples)]

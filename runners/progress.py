@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+STATUS_EVERY_S = 15.0
+"""How often the state of a long part is printed where there is no terminal to show it on."""
+
+
+class _BarWithStatus(Progress):
+    """A bar with lines below it that say what is being done."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.status:
+            yield Text(self.status)
 
 
 class CountedProgress:
@@ -24,9 +40,10 @@ class CountedProgress:
         self._total = total
         self._done = self._resumed = done
         self._start_s = time.monotonic()
-        self._bar: Progress | None = None
+        self._bar: _BarWithStatus | None = None
+        self._status_printed_s = -STATUS_EVERY_S
         if sys.stderr.isatty():
-            self._bar = Progress(
+            self._bar = _BarWithStatus(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -47,6 +64,14 @@ class CountedProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def show(self, status: str) -> None:
+        """What the part under way is doing, on one or more lines."""
+        if self._bar is not None:
+            self._bar.status = status
+        elif time.monotonic() - self._status_printed_s >= STATUS_EVERY_S:
+            self._status_printed_s = time.monotonic()
+            print("; ".join(line.strip() for line in status.splitlines()), file=sys.stderr, flush=True)
 
     def advance(self, message: str) -> None:
         """One more part is over; ``message`` says which, and how it went."""

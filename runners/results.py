@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import planners
 import qlm_env
 from planners.spec import PlannerSpec
+from qlm_env.env import EMULATOR
 from qlm_env.spec import ConfigError, ScenarioSpec
 from qlm_env.workload.atomic import atomic_path
 from runners import episode, files
@@ -68,6 +69,8 @@ class EpisodeKey:
     """The planner's name in the results; not part of the identity of the numbers, but of the row."""
     planner: PlannerSpec
     seed: int
+    backend: str = EMULATOR
+    """What serves the requests."""
 
     @property
     def digest(self) -> str:
@@ -77,6 +80,7 @@ class EpisodeKey:
             self.label,
             self.planner.model_dump_json(),
             str(self.seed),
+            self.backend,
             code_version(),
         ]
         if (folder := self.scenario.cluster.profile_path) is not None:
@@ -88,10 +92,20 @@ class EpisodeKey:
 
     def failure_path(self, out: Path) -> Path:
         """Where the traceback of this episode goes if it fails."""
-        return out / "failures" / f"{self.label}-seed{self.seed}-{self.digest[:8]}.txt"
+        return out / "failures" / f"{self._file_name}.txt"
 
     def timeline_path(self, out: Path) -> Path:
-        return out / "timelines" / f"{self.label}-seed{self.seed}-{self.digest[:8]}.json"
+        return out / "timelines" / f"{self._file_name}.json"
+
+    @property
+    def name(self) -> str:
+        """What people call the episode."""
+        return f"{self.label}{'' if self.backend == EMULATOR else f' on {self.backend}'} seed {self.seed}"
+
+    @property
+    def _file_name(self) -> str:
+        backend = "" if self.backend == EMULATOR else f"-{self.backend}"
+        return f"{self.label}{backend}-seed{self.seed}-{self.digest[:8]}"
 
 
 def make_row(key: EpisodeKey, result: EpisodeResult) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def make_row(key: EpisodeKey, result: EpisodeResult) -> dict[str, Any]:
         "workload": key.scenario.workload.name,
         "seed": key.seed,
         "workload_hash": result.workload_hash,
-        "backend": result.backend,
+        "backend": key.backend,
         **_flatten(result.metrics),
         **_flatten({"planner_statistics": result.planner_statistics}),
         "decision_p50_ms": float(np.percentile(decisions, 50)) if decisions.size else np.nan,

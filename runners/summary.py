@@ -32,13 +32,13 @@ BOOTSTRAP_SEED = 0
 
 
 def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry per workload and planner, in the order in which they appear in ``rows``.
+    """One entry per workload, planner and backend, in the order in which they appear in ``rows``.
 
     Args:
         rows: episodes, one per row, as :func:`runners.results.make_row` makes them.
     """
-    groups = rows.groupby(["workload", "planner"], sort=False)
-    return [_entry(planner, workload, group) for (workload, planner), group in groups]
+    groups = rows.groupby(["workload", "planner", "backend"], sort=False)
+    return [_entry(planner, workload, group) for (workload, planner, _), group in groups]
 
 
 def _entry(planner: str, workload: str, rows: pd.DataFrame) -> dict[str, Any]:

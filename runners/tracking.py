@@ -66,8 +66,9 @@ def _log_planner(
 ) -> None:
     import wandb
 
-    label = entry["planner"]
-    planner = config.planners[label]
+    label, backend = entry["planner"], entry["backend"]
+    name = label.removesuffix(f" on {backend}")
+    planner = config.planners[name]
     run = wandb.init(
         project=tracking.project,
         entity=tracking.entity,
@@ -79,6 +80,7 @@ def _log_planner(
             **config.scenario.model_dump(mode="json"),
             "planner": planner.model_dump(mode="json"),
             "seeds": entry["seeds"],
+            "backend": backend,
         },
         settings=wandb.Settings(silent=True, console="off"),
     )
@@ -88,7 +90,8 @@ def _log_planner(
         images = {figure.stem: wandb.Image(str(figure)) for figure in figures}
         run.log({"episodes": wandb.Table(dataframe=shown), **images})
         timelines = [
-            EpisodeKey(config.scenario, label, planner, int(seed)).timeline_path(config.out) for seed in entry["seeds"]
+            EpisodeKey(config.scenario, name, planner, int(seed), backend).timeline_path(config.out)
+            for seed in entry["seeds"]
         ]
         written = [path for path in timelines if path.exists()]
         if written:

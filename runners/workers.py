@@ -140,10 +140,11 @@ def _serve(connection: Connection, function: Callable[[T], R]) -> None:
     # The parent is gone when either end of the conversation breaks.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            connection.send(_outcome(function, connection.recv()))
+            connection.send(outcome_of(function, connection.recv()))
 
 
-def _outcome(function: Callable[[T], R], task: T) -> R | TaskFailure:
+def outcome_of(function: Callable[[T], R], task: T) -> R | TaskFailure:
+    """What ``function`` makes of the task, or why it raised."""
     try:
         return function(task)
     except Exception as error:

@@ -48,10 +48,16 @@ class Past:
 
 
 class Invariants:
-    """The invariants of one episode; call :meth:`check` as often as you like."""
+    """The invariants of one episode; call :meth:`check` as often as you like.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        commanded: requests are handed to the engine's own queue, through the backend contract, with the KV that host
+            memory keeps of them; else only preempted ones are there, which have none.
+    """
+
+    def __init__(self, world: World, commanded: bool = False) -> None:
         self.world = world
+        self.commanded = commanded
         self.past = Past()
         self._placement = [_rows(row) for row in world.fleet.placement]
         self._target_s = world.slo["target_s"].tolist()
@@ -205,7 +211,7 @@ class Invariants:
             assert request.state == WAITING
             assert request.instance == i
             assert request.model == engine.active_model
-            assert request.computed_tokens == 0
+            assert request.computed_tokens == 0 or (self.commanded and request.kv_host == i)
         if self.world.fleet.scheduling_policy == PRIORITY:
             keys = [(self.requests[r].slo_class, self.requests[r].arrival_s, r) for r in queued]
             assert keys == sorted(keys)
@@ -327,7 +333,7 @@ class Invariants:
                 assert math.isnan(request.finish_s)
             assert math.isnan(request.first_token_s) == (self.generated[r] == 0)
             if request.kv_host != NOWHERE:
-                assert self.place[r][0] == "group"
+                assert self.place[r][0] == "group" or (self.commanded and self.place[r][0] == "engine queue")
                 assert self.groups[request.group].queue == request.kv_host
                 assert 0 < request.computed_tokens < request.prompt_tokens + request.generated_tokens
             elif request.state == WAITING:

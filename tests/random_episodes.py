@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from qlm_env.backends.base import Backend
+from qlm_env.backends.emulator.backend import EmulatorBackend
+from qlm_env.cluster import make_cluster
 from qlm_env.env import QLMEnv
 from qlm_env.lso import VERB_NAMES, Advance, Balance, Evict, Lso, Pull, SwapModel, WarmStart
 from qlm_env.requests import RequestTable, make_request_table
+from qlm_env.spec import ScenarioSpec
 
 ARCHITECTURES = ("llama-2-7b", "llama-2-13b", "llama-3.1-8b")
 CONTEXT_TOKENS = 160
 
 
-def random_env(rng: np.random.Generator) -> QLMEnv:
+def emulated_backend(scenario: ScenarioSpec) -> Backend:
+    """The emulator behind the backend contract."""
+    return EmulatorBackend(lambda: make_cluster(scenario.cluster, scenario.workload.models))
+
+
+def random_env(rng: np.random.Generator, backend: str | Callable[[ScenarioSpec], Backend] = "emulator") -> QLMEnv:
     """A small environment of random settings on shipped profiles."""
     models = [f"m{k}" for k in range(rng.integers(1, 4))]
     block_size = int(rng.choice([4, 16]))
@@ -92,6 +102,7 @@ def random_env(rng: np.random.Generator) -> QLMEnv:
             "max_drain_s": float(rng.choice([60.0, 1000.0, 1000.0])),
         },
         timeline=bool(rng.random() < 0.2),
+        backend=backend,
     )
 
 

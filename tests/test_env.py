@@ -299,7 +299,7 @@ def test_an_episode_that_never_places_anything_is_cut_off_with_all_missed() -> N
         ({"environment": {"max_group": 3}}, "unknown key 'environment.max_group'.*did you mean 'max_groups'"),
         ({"environment": {"decision_interval_s": 0}}, "environment.decision_interval_s"),
         ({"workload": {**FEW, "arrivals": {"kind": "poisson", "rate_per_s": -1}}}, "rate_per_s.*greater than 0"),
-        ({"backend": "vlm"}, "backend 'vlm' is not available; allowed: emulator"),
+        ({"backend": "vlm"}, "backend 'vlm' is not available; allowed: emulator, vllm"),
         ({"render_mode": "human"}, "render_mode 'human' is not available"),
         ({"cluster": {"instances": [{"device": "A10"}]}, "workload": "w_b"}, "13b.*A10"),
         ({"cluster": {"instances": [{"device": "B300"}]}}, "B300"),

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qlm_env.backends.base import Backend
 from qlm_env.dynamics import World
 from qlm_env.env import QLMEnv
 from qlm_env.requests import MET
+from qlm_env.spec import ScenarioSpec
 from tests.invariants import Invariants
-from tests.random_episodes import random_env, random_legal_action, random_lso, random_requests, sensible_lsos
+from tests.random_episodes import (
+    emulated_backend,
+    random_env,
+    random_legal_action,
+    random_lso,
+    random_requests,
+    sensible_lsos,
+)
 
 EPISODES = 300
 EPISODES_PER_ENVIRONMENT = 3
@@ -26,8 +36,8 @@ RANDOM_STEPS = 60
 
 
 @functools.lru_cache(maxsize=1)
-def environment(number: int) -> QLMEnv:
-    return random_env(np.random.default_rng([number, 0]))
+def environment(number: int, backend: str | Callable[[ScenarioSpec], Backend]) -> QLMEnv:
+    return random_env(np.random.default_rng([number, 0]), backend)
 
 
 def state_bytes(world: World) -> bytes:
@@ -60,14 +70,14 @@ def arbitrary_step(rng: np.random.Generator, env: QLMEnv) -> tuple[float, bool, 
     return result
 
 
-def run_episode(number: int) -> Counter[str]:
+def run_episode(number: int, backend: str | Callable[[ScenarioSpec], Backend] = "emulator") -> Counter[str]:
     """Play an episode with checks; returns what happened in it."""
-    env = environment(number // EPISODES_PER_ENVIRONMENT)
+    env = environment(number // EPISODES_PER_ENVIRONMENT, backend)
     rng = np.random.default_rng(number)
     requests = random_requests(rng, env)
     env.start(requests)
     world = env._running_world()
-    invariants = Invariants(world)
+    invariants = Invariants(world, commanded=backend != "emulator")
     invariants.check()
     elapsed_s, total, step = env.now_s, 0.0, 0
     done = False
@@ -106,12 +116,15 @@ def run_episode(number: int) -> Counter[str]:
     return happened
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_books_agree_with_a_recount(chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "chunk"), [*(("emulator", chunk) for chunk in range(CHUNKS)), *((emulated_backend, c) for c in (0, 1))]
+)
+def test_books_agree_with_a_recount(backend: str | Callable[[ScenarioSpec], Backend], chunk: int) -> None:
+    """On the emulator, and through the backend contract."""
     happened: Counter[str] = Counter()
     for number in range(chunk * EPISODES // CHUNKS, (chunk + 1) * EPISODES // CHUNKS):
         try:
-            happened += run_episode(number)
+            happened += run_episode(number, backend)
         except AssertionError as error:
             raise AssertionError(f"episode {number}: {error}") from error
     # Every chunk reaches what the episodes are there for.

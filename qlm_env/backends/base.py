@@ -74,8 +74,9 @@ class Backend(ABC):
     Readers may rely on these fields. Of ``engine``: ``up``, ``active_model``, ``num_running``,
     ``free_blocks``, ``queue_length``, ``swap_target`` with ``next_event_s`` (when it will be ready: exact on
     the emulator, else expected), ``stage_target`` with ``stage_end_s``, ``pending_eviction``,
-    ``pending_swap``, the host memory fields and the counters. Of ``slot``: ``request`` of the first
-    ``num_running``, in order of admission, and what
+    ``pending_swap``, ``queue_head`` (the first request in the engine's own queue), ``first_prefill`` (the first slot
+    that may be prefilling, at most ``num_running``), the host memory fields and the counters. Of ``slot``: ``request``
+    of the first ``num_running``, in order of admission, ``prefill_left``, and what
     :func:`~qlm_env.backends.emulator.engine.slot_generated_tokens` reads. Of ``placement``: everything.
     """
 
@@ -124,6 +125,14 @@ class Backend(ABC):
 
         Raises:
             BackendError: the instance is down, or one of the requests is not in its engine.
+        """
+
+    @abstractmethod
+    def drop_kv(self, request: int) -> None:
+        """Drop the KV that host memory keeps of a request, if any, as if it had been evicted so.
+
+        Raises:
+            BackendError: the request is in an engine.
         """
 
     @abstractmethod

@@ -311,6 +311,26 @@ class BackendConformance:
         assert requests["generated_tokens"][0] == 200
         assert backend.fleet.engine["host_kv_used_bytes"].tolist() == [0, 0]
 
+    def test_kept_kv_can_be_dropped(self, backend: Backend) -> None:
+        requests = make_requests((50, 200))
+        backend.reset(requests)
+        backend.drop_kv(0)
+        assert requests["recomputed_tokens"][0] == 0, "dropped what was not there"
+        backend.pull(0, 0)
+        self.until_generated(backend, 0, 5)
+        with pytest.raises(BackendError):
+            backend.drop_kv(0)
+        self.evict(backend, 0, [0], keep_kv=True)
+        computed = int(requests["computed_tokens"][0])
+        backend.drop_kv(0)
+        assert requests["kv_host"][0] == NOWHERE
+        assert requests["computed_tokens"][0] == 0
+        assert backend.fleet.engine["host_kv_used_bytes"][0] == 0
+        backend.pull(0, 0)
+        self.finish_all(backend, 0)
+        assert requests["recomputed_tokens"][0] == computed
+        assert requests["generated_tokens"][0] == 200
+
     def test_requests_still_waiting_in_the_engine_can_be_evicted(self, backend: Backend) -> None:
         requests = make_requests(*[(10, 250)] * (MAX_NUM_SEQS + 3))
         backend.reset(requests)

@@ -154,4 +154,4 @@ def test_files_that_spell_out_defaults_agree_with_the_code(configure: Configure)
 def test_schema_of_a_command() -> None:
     schema = read_schema("compare")
     assert schema.groups == ("cluster", "workload", "slo", "environment", "planner", "tracking")
-    assert list(schema.settings) == ["seeds", "out", "jobs", "timeline"]
+    assert list(schema.settings) == ["seeds", "out", "jobs", "backend", "timeline"]

@@ -55,6 +55,10 @@ class EmulatorBackend(Backend):
             option = EVICT_KEEP if keep_kv else EVICT_DROP
             self._command(f"evict request {request}", commands.EVICT, instance, request, option)
 
+    def drop_kv(self, request: int) -> None:
+        self._check_request(request)
+        self._command(f"drop the KV of request {request}", commands.DROP_KV, 0, request)
+
     def swap_model(self, instance: int, model: int) -> None:
         self._check_model(model)
         self._command(f"swap to model {model}", commands.SWAP_MODEL, instance, model)

@@ -1,7 +1,9 @@
 """Engines that take one command at a time: what :class:`~.backend.EmulatorBackend` runs on.
 
 The same engine and residency functions as in :mod:`qlm_env.dynamics`, with the caller in the place of the
-virtual queues: it says which request to run or evict, and reads what happened from an array of events.
+virtual queues: it says which request to run or evict, and reads what happened from an array of events. An engine
+that told something waits with its next step for the caller's answer, which takes no time: what is pulled then is in
+that step, as it is where the queues are at hand.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from qlm_env.backends.emulator.state import EVICT_DROP, EVICT_KEEP, NEVER, NO_EV
 from qlm_env.compiled import compiled, kernel
 from qlm_env.requests import NOWHERE, PENDING, WAITING, Int, Records, RequestTable
 
-PULL, EVICT, SWAP_MODEL, WARM_START, FAIL, RECOVER = range(6)
+PULL, EVICT, SWAP_MODEL, WARM_START, FAIL, RECOVER, DROP_KV = range(7)
 FINISHED, RETURNED, MODEL_READY = int(EventKind.FINISHED), int(EventKind.RETURNED), int(EventKind.MODEL_READY)
 WARM_READY, DOWN, UP = int(EventKind.WARM_READY), int(EventKind.DOWN), int(EventKind.UP)
 
@@ -60,6 +62,8 @@ class Run(NamedTuple):
     """(N + 3I,) EVENT_DTYPE, enough as it is read after every instant at which something happened"""
     leaving: NDArray[np.int8]
     """(N,) EVICT_DROP or EVICT_KEEP for requests that leave their engine at the end of the step"""
+    due: NDArray[np.int8]
+    """(I,) whether the engine is between two steps and schedules the next when time next passes"""
     finished: Int
     """(S,) scratch"""
 
@@ -72,6 +76,7 @@ def make_run(fleet: Fleet, requests: RequestTable) -> Run:
         clock=np.zeros(1, CLOCK_DTYPE).view(np.recarray),
         event=np.zeros(len(requests) + 3 * len(fleet.engine), EVENT_DTYPE).view(np.recarray),
         leaving=np.zeros(len(requests), np.int8),
+        due=np.zeros(len(fleet.engine), np.int8),
         finished=np.zeros(fleet.max_num_seqs, np.int32),
     )
 
@@ -120,12 +125,17 @@ def _boundary(run: Run, i: int) -> None:
     """Between two steps: evict, swap or schedule."""
     fleet, now_s = run.fleet, run.clock[0].now_s
     engine = fleet.engine[i]
+    run.due[i] = 0
     if engine.pending_eviction != NO_EVICTION or engine.pending_swap != NOWHERE:
         reap(fleet, i)
     if engine.pending_eviction != NO_EVICTION:
+        told = run.clock[0].events
         copy_s = _evict_leaving(run, i)
         if copy_s > 0:
             engine.next_event_s = now_s + copy_s
+            return
+        if run.clock[0].events > told:
+            run.due[i] = 1
             return
     if engine.pending_swap != NOWHERE:
         start_swap(fleet, i, engine.pending_swap, now_s)
@@ -138,7 +148,7 @@ def _boundary(run: Run, i: int) -> None:
 def _act(run: Run, i: int) -> None:
     """Let commands take effect at the next step boundary, which is now if the engine is idle."""
     engine = run.fleet.engine[i]
-    something = engine.pending_eviction != NO_EVICTION or engine.pending_swap != NOWHERE
+    something = run.due[i] != 0 or engine.pending_eviction != NO_EVICTION or engine.pending_swap != NOWHERE
     if engine.queue_head != NOWHERE and engine.num_running < run.fleet.max_num_seqs:
         something = something or whole_input_fits(run.fleet, run.requests, i, engine.queue_head)
     if something and engine.next_event_s == NEVER:
@@ -193,6 +203,7 @@ def _fail(run: Run, i: int) -> None:
         if requests[r].kv_host == i:
             discard(fleet, requests, r)
     power_off(fleet, i, run.clock[0].now_s)
+    run.due[i] = 0
     _tell(run, DOWN, i, NOWHERE)
 
 
@@ -202,7 +213,7 @@ def command(run: Run, verb: int, i: int, subject: int, option: int) -> bool:
 
     Args:
         verb, i, subject, option: PULL and a request; EVICT, a request, and EVICT_DROP or EVICT_KEEP;
-            SWAP_MODEL or WARM_START and a model; FAIL; RECOVER.
+            SWAP_MODEL or WARM_START and a model; FAIL; RECOVER; DROP_KV and a request.
 
     Returns:
         whether it was allowed; if not, nothing changed.
@@ -232,11 +243,15 @@ def command(run: Run, verb: int, i: int, subject: int, option: int) -> bool:
         if not engine.up:
             return False
         _fail(run, i)
-    else:
+    elif verb == RECOVER:
         if engine.up:
             return False
         engine.up = 1
         _tell(run, UP, i, NOWHERE)
+    else:
+        if requests[subject].instance != NOWHERE:
+            return False
+        discard(fleet, requests, subject)
     return True
 
 
@@ -245,6 +260,7 @@ def command(run: Run, verb: int, i: int, subject: int, option: int) -> bool:
 def _engine_event(run: Run, i: int) -> None:
     """A leap, a swap or a copy ended."""
     engine = run.fleet.engine[i]
+    told = run.clock[0].events
     if engine.swap_target != NOWHERE:
         _tell(run, MODEL_READY, i, engine.swap_target)
         activate(run.fleet, i, engine.swap_target, run.clock[0].now_s)
@@ -253,7 +269,11 @@ def _engine_event(run: Run, i: int) -> None:
             _tell(run, FINISHED, i, run.finished[k])
     else:
         engine.next_event_s = NEVER
-    _boundary(run, i)
+    # With async scheduling the next step was decided when the one that ended began.
+    if run.clock[0].events > told and not run.fleet.async_scheduling:
+        run.due[i] = 1
+    else:
+        _boundary(run, i)
 
 
 @compiled
