@@ -134,6 +134,10 @@ class QlmSpec(PlannerSettings):
     """With ``cost=chance``: the probability with which a request must meet its SLO."""
     hold_s: NonNegativeFloat = 10.0
     """A group may be left in no queue when running it now would make others miss; it is reconsidered after so long."""
+    placement_interval_s: NonNegativeFloat = 0.0
+    """Emulated time between two solves of the placement program, which loads and stages models ahead; 0 does not."""
+    placement_horizon_s: PositiveFloat = 60.0
+    """Arrivals within so much time are what it provides for."""
     swap_weight: NonNegativeFloat = 0.1
     """Cost of a swap: this many times the requests the instance could have served meanwhile."""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from planners.qlm.problem import CHANCE, DELAY_COST_PER_S, LATENESS, POINT, Int, Problem
+from planners.qlm.problem import CHANCE, LATENESS, POINT, Int, Problem
 from qlm_env.compiled import compiled, inlined, kernel
 
 WAIT_ERROR = 0.15
@@ -62,7 +62,7 @@ def group_cost(problem: Problem, g: int, first_wait_s: float, last_wait_s: float
             problem.form, problem.confidence, wait_s + latency_s - slack_s, own_variance_s2 + error_s * error_s
         )
     delay_s = 0.5 * (first_wait_s + last_wait_s) + latency_s
-    return problem.requests[g] * (problem.weight[g] * cost / 3.0 + DELAY_COST_PER_S * delay_s)
+    return problem.requests[g] * (problem.weight[g] * cost / 3.0 + problem.delay_cost[g] * delay_s)
 
 
 @inlined
@@ -91,6 +91,7 @@ def serve_run(
         present = 0.0
     end = k
     in_run = present
+    joins = k == 0 and run_model == model
     while end < length and problem.model[sequence[end]] == run_model:
         in_run += problem.requests[sequence[end]]
         end += 1
@@ -101,6 +102,9 @@ def serve_run(
         # Every request of the run shares the batch, so those behind slow down those ahead.
         latency_s = problem.latency_s[g, i] + problem.latency_growth_s[g, i] * (min(full, in_run) - 1.0)
         first_wait_s = max(wait_s, (present + 1.0 - full) * problem.interval_s[g, i])
+        if joins:
+            joining = min(problem.requests[g], max(0.0, full - present))
+            cost += problem.crowding_cost[g, i] * joining
         present += problem.requests[g]
         wait_s = max(first_wait_s, (present - full) * problem.interval_s[g, i])
         cost += group_cost(problem, g, time_s + first_wait_s, time_s + wait_s, latency_s)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planners.qlm.cost import MIN_STD_S, WAIT_ERROR, request_cost
-from planners.qlm.problem import DELAY_COST_PER_S, Float, Int, Problem
+from planners.qlm.problem import Float, Int, Problem
 from qlm_env.compiled import compiled, inlined
 
 LEVELS = 5
@@ -81,7 +81,7 @@ def least_group_cost(
             request_cost(problem.form, problem.confidence, late_s + longest_s, other_s2 + (longest_s * cv) ** 2),
         )
     delay_s = 0.5 * (first_wait_s + last_wait_s) + shortest_s
-    return problem.requests[g] * (problem.weight[g] * cost / 3.0 + DELAY_COST_PER_S * delay_s)
+    return problem.requests[g] * (problem.weight[g] * cost / 3.0 + problem.delay_cost[g] * delay_s)
 
 
 @inlined

@@ -57,14 +57,15 @@ def stage_ahead(view: ClusterView, decided: Sequence[Lso]) -> list[Lso]:
     """Stage the model most asked for among those an instance could serve only from storage.
 
     Args:
-        decided: what is done before; a model that an instance swaps to needs no staging.
+        decided: what is done before; a model that an instance swaps to needs no staging, and one is staged at a time.
     """
     swaps = {(lso.instance, lso.model) for lso in decided if isinstance(lso, SwapModel)}
+    staging = {lso.instance for lso in decided if isinstance(lso, WarmStart)}
     demand = view.arrivals_per_model()
     by_demand = [int(model) for model in np.argsort(-demand, kind="stable") if demand[model] > 0]
     lsos: list[Lso] = []
     for instance in view.instances:
-        if instance.staging or not instance.up:
+        if instance.staging or not instance.up or instance.index in staging:
             continue
         for model in by_demand:
             lso = WarmStart(instance.index, model)

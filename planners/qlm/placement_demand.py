@@ -26,19 +26,8 @@ def backlog_requests(view: ClusterView) -> Float:
 
 
 def arrived_requests(view: ClusterView) -> Float:
-    """(M, K) requests so far: those that wait, are in an engine, or have finished."""
-    num_models, num_classes = _shape(view)
-    arrived = np.array(
-        [[float(view.output_statistics(m, k).finished) for k in range(num_classes)] for m in range(num_models)]
-    )
-    arrived += backlog_requests(view)
-    for instance in view.instances:
-        if instance.active_model is not None:
-            arrived[instance.active_model] += instance.running_per_class()
-    # Preempted requests in an engine's queue are in none of these; only the total of a model counts them.
-    total = view.arrivals_per_model()
-    known = arrived.sum(axis=1)
-    return arrived * np.where(known > 0, total / np.maximum(known, 1.0), 0.0)[:, None]
+    """(M, K) requests so far."""
+    return view.arrivals().astype(np.float64)
 
 
 class RecentArrivals:

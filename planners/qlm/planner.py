@@ -4,7 +4,8 @@ Between plans, new groups are inserted where they cost least, with everything el
 when the present one is expected to miss SLOs, and the state has moved since the last or the expectation has become
 worse; it replaces the present one only if it is cheaper. Operations follow from the plan: a head group whose model is
 not active asks for a swap, one that would miss its SLO behind less urgent running requests for an eviction, and models
-that will be needed are staged ahead.
+that will be needed are staged ahead. With ``placement_interval_s`` the placement program says which, and instances
+without work load the models that are expected to be asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from planners.qlm.dedication import dedicate
 from planners.qlm.layers import Layers, prepare
 from planners.qlm.operations import make_way, stage_ahead
 from planners.qlm.plan import Plan
+from planners.qlm.proactive import Proactive
 from planners.qlm.problem import Outputs, Problem, class_outputs, make_problem
 from planners.qlm.report import PlannerCounters, PlanReport
 from planners.spec import QlmSpec
@@ -58,6 +60,10 @@ class QlmPlanner(Planner):
         self._rng = rng
         self._layers = Layers(self._spec)
         self._dedicated = None if self._spec.swap else dedicate(view)
+        self._proactive: Proactive | None = None
+        if self._spec.placement_interval_s > 0 and self._spec.swap:
+            # A stream of its own, so that the search draws the same with and without it.
+            self._proactive = Proactive(view, self._spec, self.counters, rng.spawn(1)[0])
         self._planned_at_s = -np.inf
         self._planned_cost = 0.0
         self._busy_until_s = np.full(len(view.instances), view.now_s)
@@ -83,6 +89,9 @@ class QlmPlanner(Planner):
             queue = queues[instance.index]
             if queue and instance.up:
                 lsos += make_way(view, instance, view.group(queue[0]), self._spec, self._outputs)
+        if self._proactive is not None:
+            self._proactive.update(view, deadline - time.perf_counter())
+            lsos += self._proactive.operations(view, queues, lsos)
         if self._spec.warm_start and self._spec.swap:
             lsos += stage_ahead(view, lsos)
         return lsos

@@ -44,6 +44,10 @@ class PlannerCounters:
     """Solver calls, or searches, that the clock stopped."""
     fallbacks: int = 0
     """Solves in which a solver failed or was late, so that the plan is the best of the other layers."""
+    placements: int = 0
+    """Solves of the placement program."""
+    placement_failures: int = 0
+    """Of these, those that raised an error."""
 
     def as_dict(self) -> dict[str, int]:
         """By name."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planners.qlm.problem import MISS, Flag, Float, Problem
+from planners.qlm.problem import DELAY_COST, MISS, Flag, Float, Problem
 from planners.rwt import full_batch, service_of_batch
 from planners.spec import QlmSpec
 from qlm_env.cluster import make_placements
@@ -119,6 +119,7 @@ def random_problem(
     return Problem(
         requests=requests,
         weight=weight,
+        delay_cost=DELAY_COST / target_s,
         first_slack_s=target_s - oldest_s,
         last_slack_s=target_s - oldest_s * rng.uniform(0.3, 1.0, num_groups),
         model=model,
@@ -135,6 +136,7 @@ def random_problem(
         load_s=load_s,
         unload_s=placement["sleep_s"].astype(np.float64),
         idle_s=np.where(present > 0, 0.0, rng.exponential(20.0, num_instances)),
+        crowding_cost=np.zeros(allowed.shape),
         swap_cost=spec.swap_weight * rate.max(axis=0) * np.minimum(1.0, present / least_batch),
         hold_s=spec.hold_s + _backlog_s(requests, rate),
         form=form,

@@ -36,4 +36,6 @@ def random_problem(rng: np.random.Generator, num_groups: int, num_instances: int
         hold_s=10.0,
         form=MISS,
         confidence=0.9,
+        delay_cost=rng.uniform(1e-6, 1e-4, num_groups),
+        crowding_cost=np.maximum(0.0, rng.uniform(-0.1, 0.2, shape)),
     )

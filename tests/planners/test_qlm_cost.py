@@ -13,7 +13,7 @@ from planners.qlm.construct import evaluate, improve, insert_all
 from planners.qlm.cost import MIN_STD_S, WAIT_ERROR, cost_of_holding, cost_of_queue
 from planners.qlm.heuristics import batched_edf_plan, by_deadline, edf_plan
 from planners.qlm.plan import Plan
-from planners.qlm.problem import CHANCE, DELAY_COST_PER_S, LATENESS, MISS, POINT, Problem
+from planners.qlm.problem import CHANCE, LATENESS, MISS, POINT, Problem
 from tests.planners.problems import random_problem
 
 
@@ -46,7 +46,7 @@ def plain_group_cost(problem: Problem, g: int, first_s: float, last_s: float, la
         std_s = math.hypot(math.hypot(latency_s * problem.output_cv[g], WAIT_ERROR * wait_s), MIN_STD_S)
         costs.append(plain_request_cost(problem, wait_s + latency_s - deadline_s, std_s))
         delays.append(wait_s + latency_s)
-    expected = problem.weight[g] * np.mean(costs) + DELAY_COST_PER_S * np.mean(delays)
+    expected = problem.weight[g] * np.mean(costs) + problem.delay_cost[g] * np.mean(delays)
     return float(problem.requests[g] * expected)
 
 
@@ -61,12 +61,15 @@ def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
             cost += problem.swap_cost[i] * (0.5 * drain_s + swap_s)
             time_s += drain_s + swap_s
             model, present = run_model, 0.0
+        joins = model == problem.start_model[i] and groups[0] == queue[0]
         together = present + sum(problem.requests[g] for g in groups)
         waited_s = 0.0
         for g in groups:
             full, interval_s = problem.batch[g, i], problem.interval_s[g, i]
             latency_s = problem.latency_s[g, i] + problem.latency_growth_s[g, i] * (min(full, together) - 1)
             first_s = max(waited_s, interval_s * (present + 1 - full))
+            places = max(0.0, full - present) if joins else 0.0
+            cost += problem.crowding_cost[g, i] * min(problem.requests[g], places)
             present += problem.requests[g]
             waited_s = max(first_s, interval_s * (present - full))
             cost += plain_group_cost(problem, g, time_s + first_s, time_s + waited_s, latency_s)
@@ -164,11 +167,12 @@ def one_request(form: int, **changes: object) -> Problem:
     problem.latency_s[:] = 10.0
     problem.first_slack_s[:] = problem.last_slack_s[:] = 12.0
     problem.output_cv[:] = 0.2
+    problem.crowding_cost[:] = 0.0
     return problem._replace(form=form, **changes)
 
 
 def cost_without_delay(problem: Problem) -> float:
-    return cost_of_queue(problem, 0, np.array([0], np.int32)) - 10.0 * DELAY_COST_PER_S
+    return cost_of_queue(problem, 0, np.array([0], np.int32)) - 10.0 * problem.delay_cost[0]
 
 
 def test_forms_value_one_request_as_their_definitions_say() -> None:
