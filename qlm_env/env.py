@@ -252,6 +252,11 @@ class QLMEnv(gym.Env[Observation, np.int64]):
         self._running_world(allow_done=True)
         return float(self._clock["now_s"])
 
+    @property
+    def requests(self) -> RequestTable:
+        """The request table of the episode, as it is now (do not write to it)."""
+        return self._running_world(allow_done=True).requests
+
     def _running_world(self, allow_done: bool = False) -> World:
         if self._world is None or (self._done and not allow_done):
             raise gym.error.ResetNeeded("call reset() before step(): the episode is over or has not begun")

@@ -18,9 +18,8 @@ from qlm_env.scenario import Episodes
 from runners import files, results
 from runners.config import AttainableConfig
 from runners.progress import CountedProgress
-from runners.stats import Interval, bootstrap_interval
-from runners.summary import bootstrap_rng
-from runners.tables import console
+from runners.summary import interval_over_seeds
+from runners.tables import console, interval_percent
 
 Bound = Mapping[str, Any]
 """One seed: ``seed``, ``workload_hash``, ``slo_attainment``, ``slo_attainment_weighted``."""
@@ -64,20 +63,11 @@ def _table(bounds: Sequence[Bound], compared: pd.DataFrame, title: str) -> Table
     table.add_column("of the attainable", justify="right")
     table.add_column("seeds", justify="right")
     best = np.array([bound["slo_attainment"] for bound in bounds])
-    table.add_row("attainable, at most", _percent(_interval(best)), "", str(len(best)))
+    table.add_row("attainable, at most", interval_percent(interval_over_seeds(best)), "", str(len(best)))
     for planner, rows in compared.groupby("planner", sort=False):
         attained = rows["slo_attainment"].to_numpy(np.float64)
         limit = rows["bound"].to_numpy(np.float64)
         possible = limit > 0.0
-        share = _percent(_interval(attained[possible] / limit[possible])) if possible.any() else "-"
-        table.add_row(str(planner), _percent(_interval(attained)), share, str(len(rows)))
+        share = interval_percent(interval_over_seeds(attained[possible] / limit[possible])) if possible.any() else "-"
+        table.add_row(str(planner), interval_percent(interval_over_seeds(attained)), share, str(len(rows)))
     return table
-
-
-def _interval(scores: np.ndarray[Any, np.dtype[np.float64]]) -> Interval:
-    return bootstrap_interval([scores], bootstrap_rng())
-
-
-def _percent(interval: Interval) -> str:
-    value, low, high = (100.0 * number for number in interval)
-    return f"{value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if low < high else "")

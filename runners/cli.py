@@ -10,16 +10,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import qlm_env
 from qlm_env.spec import ConfigError
 from runners.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CommandFailed, CommandInterrupted
 
+if TYPE_CHECKING:
+    from runners.commands import Command
+
 DEBUG_VARIABLES = ("QLM_DEBUG", "HYDRA_FULL_ERROR")
 FLAGS = ("-h", "--help", "-m", "--multirun", "--cfg", "--config-dir")
+SWITCHES = {"--quick": "quick=true"}
+"""Flags that stand for a setting."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,12 +84,14 @@ def _dispatch(arguments: list[str]) -> None:
         print(help_texts.overview())
         return
     given = _split(arguments)
-    name = _command_name(given, list(COMMANDS))
+    name = _command_name(given, COMMANDS)
     command = COMMANDS[name]
     if given.help:
         print(help_texts.command_help(name, command, given.config_dir))
         return
-    request = Request(command.config_name, given.overrides, given.config_dir)
+    request = Request(
+        command.config_name, (*_words_as_setting(given, name, command.words), *given.overrides), given.config_dir
+    )
     if given.multirun:
         if command.merge is None:
             raise ConfigError(f"qlm {name} takes no -m")
@@ -118,10 +126,15 @@ def _split(arguments: list[str]) -> _Arguments:
             if argument in FLAGS:
                 flags.add(argument)
                 continue
+            if argument in SWITCHES:
+                overrides.append(SWITCHES[argument])
+                continue
             # `--key value` and `--key=value` are `key=value` to those whom other tools have taught so.
             given = value if equals else next(rest, "")
             if not flag.startswith("--") or not given or given.startswith("-"):
-                raise ConfigError(f"unknown option '{argument}'; allowed: {', '.join(FLAGS)}, or key=value")
+                raise ConfigError(
+                    f"unknown option '{argument}'; allowed: {', '.join((*FLAGS, *SWITCHES))}, or key=value"
+                )
             overrides.append(f"{flag.removeprefix('--').replace('-', '_')}={given}")
         elif equals or overrides or argument.startswith(("~", "+")):
             overrides.append(argument)
@@ -137,9 +150,24 @@ def _split(arguments: list[str]) -> _Arguments:
     )
 
 
-def _command_name(given: _Arguments, names: list[str]) -> str:
+def _words_as_setting(given: _Arguments, name: str, key: str) -> list[str]:
+    """The words behind a command's name as an override of ``key``: a value, or a list of several."""
+    words = [_quoted(word) for word in given.words[len(name.split()) :]]
+    if not words:
+        return []
+    return [f"{key}={words[0]}" if len(words) == 1 else f"{key}=[{','.join(words)}]"]
+
+
+def _quoted(word: str) -> str:
+    """A word as Hydra takes it literally, whatever characters a path has."""
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _command_name(given: _Arguments, commands: Mapping[str, Command]) -> str:
     from runners.composition import hint
 
+    names = list(commands)
     first = sorted({name.partition(" ")[0] for name in names})
     if not given.words:
         raise ConfigError(f"no command; allowed: {', '.join(first)}")
@@ -150,7 +178,7 @@ def _command_name(given: _Arguments, names: list[str]) -> str:
     for length in (1, 2):
         name = " ".join(given.words[:length])
         if name in names:
-            for word in given.words[length:]:
+            for word in () if commands[name].words else given.words[length:]:
                 raise ConfigError(f"malformed override '{word}': expected key=value")
             return name
     second = [name.partition(" ")[2] for name in names if name.startswith(f"{given.words[0]} ")]

@@ -7,12 +7,13 @@ function that runs, and an entry in :data:`COMMANDS`.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners import cluster_config, config, live_config, profile_config, validate_config
+from runners import cluster_config, config, experiment_config, live_config, profile_config, validate_config
 
 BENCHMARKS = {
     "emulator": ("runners.bench_emulator", config.parse_bench_emulator, "how fast the emulator runs on this machine"),
@@ -20,6 +21,7 @@ BENCHMARKS = {
     "planner": ("runners.bench_planner", config.parse_bench_planner, "how good plans are, against time"),
     "cost": ("runners.bench_cost", config.parse_bench_cost, "what the stochastic cost gains"),
     "rwt": ("runners.bench_rwt", config.parse_bench_rwt, "how well waiting times are predicted"),
+    "scale": ("runners.bench_scale", config.parse_bench_scale, "how long a day of a large cluster takes"),
     "placement": ("runners.bench_placement", config.parse_bench_placement, "how fast placements are planned"),
 }
 """Name -> module with a function ``measure(options) -> list[Figure]``, what parses these options, and a summary."""
@@ -130,6 +132,29 @@ def _cluster_down(options: cluster_config.FolderOptions) -> None:
     down(options)
 
 
+def _sweep(options: experiment_config.SweepConfig) -> None:
+    from runners.sweep import sweep
+
+    sweep(options)
+
+
+def _merge_sweep(out: Path) -> None:
+    from runners.sweep import merge_jobs
+
+    merge_jobs(out)
+
+
+def _figures(options: experiment_config.FiguresOptions) -> None:
+    # By name: figures import the runners, which must not depend on them.
+    importlib.import_module("paper_figs.draw").draw_figures(options)
+
+
+def _report(options: experiment_config.ReportOptions) -> None:
+    from runners.report import report
+
+    report(options)
+
+
 def _bench(name: str, options: config.BenchOptions) -> None:
     from runners.bench import bench
 
@@ -147,6 +172,8 @@ class Command:
     parse: Callable[[Mapping[str, Any]], Any]
     """Composed values -> what ``run`` takes; raises ConfigError."""
     run: Callable[[Any], None]
+    words: str = ""
+    """The setting that words without ``=`` are values of; without it there are none."""
     merge: Callable[[Path], None] | None = None
     """Puts the jobs of a multirun together in ``out``; without it the command has no multirun."""
     examples: tuple[str, ...] = ()
@@ -177,6 +204,34 @@ COMMANDS = {
             "qlm evaluate cluster=smoke workload=smoke planner=edf",
             "qlm evaluate planner=qlm workload=azure_conv workload.path=AzureLLMInferenceTrace_conv.csv",
         ),
+    ),
+    "sweep": Command(
+        summary="one experiment: a grid of scenarios, several planners and seeds",
+        config_name="sweep",
+        parse=experiment_config.parse_sweep,
+        run=_sweep,
+        merge=_merge_sweep,
+        examples=(
+            "qlm sweep experiment=w_a_rate",
+            "qlm sweep experiment=headline experiment.seeds=3 quick=true",
+            "qlm sweep -m experiment=headline experiment.seeds=[0,1],[2,3]",
+        ),
+    ),
+    "figures": Command(
+        summary="the paper's figures, as PNG and PDF with a gallery page",
+        config_name="figures",
+        parse=experiment_config.parse_figures,
+        run=_figures,
+        words="names",
+        examples=("qlm figures --quick", "qlm figures w_a_attainment w_b_ablation out=results/figures"),
+    ),
+    "report": Command(
+        summary="one page about the results of a comparison, for any browser and without the network",
+        config_name="report",
+        parse=experiment_config.parse_report,
+        run=_report,
+        words="folder",
+        examples=("qlm report results/first", "qlm report results/first out=first.html"),
     ),
     "attainable": Command(
         summary="how many requests any policy could serve in time, at most",

@@ -12,11 +12,12 @@ import pandas as pd
 from rich.table import Table
 
 from qlm_env.spec import ScenarioSpec
-from runners import files, plots, results, side_by_side, tracking
-from runners.config import CompareConfig
+from runners import files, plots, report, results, side_by_side, tracking
+from runners.config import CompareConfig, NoTracking
 from runners.episode import check_scenario, run_episode
 from runners.episodes import EpisodeFunction, EpisodeTask, run_episodes
 from runners.errors import CommandFailed
+from runners.provenance import note_command
 from runners.results import EpisodeKey
 from runners.summary import differences, summarise
 from runners.tables import comparison_table, console, episode_table
@@ -73,6 +74,7 @@ def _run_and_report(
     tracking.check(options.tracking)
     check(scenario, options.seeds[0])
     results.claim(out, scenario)
+    note_command(out)
     # Seed by seed, so that a run that is stopped early still compares all planners on the first seeds.
     tasks = [
         EpisodeTask(EpisodeKey(scenario, label, planner, seed, backend), out, options.timeline, episode)
@@ -100,9 +102,7 @@ def _run_and_report(
 
 def _report(config: CompareConfig, rows: pd.DataFrame, make_table: TableMaker) -> None:
     out = config.out
-    shown = rows
-    if rows["backend"].nunique() > 1:
-        shown = rows.assign(planner=rows["planner"] + " on " + rows["backend"])
+    shown = results.tell_backends_apart(rows)
     results.check_identical_workloads(shown)
     results.write_rows(out / "results.parquet", rows)
     _write_summary(out, summarise(rows))
@@ -116,7 +116,11 @@ def _report(config: CompareConfig, rows: pd.DataFrame, make_table: TableMaker) -
     title = f"{config.scenario.workload.name} on {config.scenario.cluster.name}"
     console().print(make_table(rows, summary, title))
     print(f"results, summary and figures are in {out}", file=sys.stderr)
-    tracking.log(config, summary, rows, figures)
+    if not isinstance(config.options.tracking, NoTracking):
+        page = out / report.PAGE if report.available() else None
+        if page is not None:
+            report.write_report(out, page)
+        tracking.log(config, summary, rows, figures, page)
 
 
 def merge_jobs(out: Path) -> None:

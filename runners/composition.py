@@ -8,7 +8,8 @@ specifications in :mod:`qlm_env.spec`, not by what a file happens to mention.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
@@ -59,6 +61,13 @@ def group_options(group: str, config_dir: Path | None = None) -> list[str]:
         folders.append(config_dir / group)
     names = {entry.name for folder in folders for entry in folder.iterdir()}
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_option(group: str, name: str) -> dict[str, Any]:
+    """The values of the shipped option ``configs/<group>/<name>.yaml``, which must exist."""
+    text = resources.files(CONFIG_MODULE).joinpath(group, f"{name}.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def _values(override: Override) -> list[Override]:
 def _compose(config_name: str, overrides: Sequence[Override]) -> dict[str, Any]:
     texts = [str(override.input_line) for override in overrides]
     try:
-        with initialize_config_module(CONFIG_MODULE, version_base=HYDRA_VERSION_BASE):
+        with _set_aside_job(), initialize_config_module(CONFIG_MODULE, version_base=HYDRA_VERSION_BASE):
             values = OmegaConf.to_container(hydra_compose(config_name, texts), resolve=True)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
@@ -138,6 +147,17 @@ def _compose(config_name: str, overrides: Sequence[Override]) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(_unknown_key(key, key, known))
     return composed
+
+
+@contextmanager
+def _set_aside_job() -> Iterator[None]:
+    """Hydra composes nothing while a job of its own runs, such as one of a multirun; here it may."""
+    job = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = job
 
 
 def _prepare(text: str, schema: Schema, config_dir: Path | None, multirun: bool) -> Override:

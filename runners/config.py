@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from planners.spec import PLANNER_NAMES, PlannerSpec, parse_planner
 from qlm_env.spec import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, ScenarioSpec, Spec, parse
@@ -37,23 +37,25 @@ class WandbTracking(Spec):
 TrackingSpec = Annotated[NoTracking | WandbTracking, Field(discriminator="kind")]
 
 
+def _count_or_list(value: Any) -> Any:
+    problem = f"expected a count of at least 1 or a list of different non-negative integers (got {value!r})"
+    seeds = range(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(seeds, (range, list, tuple)) or not seeds:
+        raise ValueError(problem)
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(problem)
+    return tuple(seeds)
+
+
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_count_or_list)]
+"""``3`` is the seeds 0, 1, 2; a list is those seeds."""
+
+
 class SeedsOptions(Spec):
     """The settings of `qlm attainable` beside the scenario, and of every command that runs over seeds."""
 
-    seeds: tuple[Seed, ...]
+    seeds: Seeds
     out: OutPath
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _count_or_list(cls, value: Any) -> Any:
-        """``3`` is the seeds 0, 1, 2; a list is those seeds."""
-        problem = f"expected a count of at least 1 or a list of different non-negative integers (got {value!r})"
-        seeds = range(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(seeds, (range, list, tuple)) or not seeds:
-            raise ValueError(problem)
-        if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise ValueError(problem)
-        return tuple(seeds)
 
 
 class RunOptions(SeedsOptions):
@@ -126,6 +128,21 @@ class BenchRwtOptions(BenchOptions):
     """Seeds from ``seed`` on, for every queue and history."""
     profile_factors: tuple[PositiveFloat, ...] = (0.8, 1.2)
     """The estimator's step times are also taken as wrong by each of these factors."""
+
+
+class BenchScaleOptions(BenchOptions):
+    """The settings of `qlm bench scale`."""
+
+    num_requests: PositiveInt = 5_000_000
+    instances: PositiveInt = 500
+    duration_s: PositiveFloat = 86_400.0
+    """Emulated time over which the requests arrive."""
+    planner: str = "qlm"
+    preset: Literal["w_a", "w_a_13b", "w_c"] = "w_a"
+    delta: PositiveFloat = 1.0
+    """Size of request groups, as ``environment.grouping.delta``."""
+    interval_s: PositiveFloat = 5.0
+    """Emulated time between two decisions."""
 
 
 class BenchPlacementOptions(BenchOptions):
@@ -356,3 +373,12 @@ def parse_bench_planner(values: Mapping[str, Any]) -> BenchPlannerOptions:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
     return parse(BenchPlannerOptions, values)
+
+
+def parse_bench_scale(values: Mapping[str, Any]) -> BenchScaleOptions:
+    """The configuration of `qlm bench scale`.
+
+    Raises:
+        ConfigError: one line naming the first key that is wrong and what is allowed there.
+    """
+    return parse(BenchScaleOptions, values)

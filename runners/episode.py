@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from planners import make_planner
@@ -19,7 +20,7 @@ from planners.base import Planner
 from planners.spec import PlannerSpec
 from qlm_env.backends.base import Backend
 from qlm_env.env import EMULATOR, QLMEnv
-from qlm_env.requests import RequestTable
+from qlm_env.requests import MET, RequestTable
 from qlm_env.scenario import Episodes
 from qlm_env.spec import EnvironmentSpec, ScenarioSpec
 from qlm_env.view import ClusterView
@@ -51,6 +52,8 @@ class EpisodeResult:
     wall_s: float
     """Wall-clock time of the whole episode, in seconds."""
     timeline: Timeline | None = field(default=None, repr=False)
+    requests: pd.DataFrame | None = field(default=None, repr=False)
+    """Beside a timeline, what became of every request (:func:`request_outcomes`)."""
 
 
 def build_workload(scenario: ScenarioSpec, seed: int) -> RequestTable:
@@ -98,7 +101,10 @@ def run_episode(
     workload_hash = info["workload_hash"]
     metrics, decision_ms = play(env, policy, seed, watch)
     wall_s = time.perf_counter() - start
-    return EpisodeResult(metrics, workload_hash, policy.statistics(), np.array(decision_ms), wall_s, env.timeline)
+    requests = request_outcomes(env.requests, scenario) if timeline else None
+    return EpisodeResult(
+        metrics, workload_hash, policy.statistics(), np.array(decision_ms), wall_s, env.timeline, requests
+    )
 
 
 def make_env(scenario: ScenarioSpec, planner: PlannerSpec, timeline: bool, backend: Backend | None = None) -> QLMEnv:
@@ -134,6 +140,28 @@ def play(
             watch(env.view)
     metrics: dict[str, Any] = info["metrics"]
     return metrics, decision_ms
+
+
+def request_outcomes(requests: RequestTable, scenario: ScenarioSpec) -> pd.DataFrame:
+    """One row per request in order of arrival: model, SLO class, whether it was met, and latencies since its arrival.
+
+    ``queueing_s`` (until first scheduled), ``ttft_s`` and ``e2e_s`` are NaN for what did not happen.
+    """
+    table = requests.view(np.ndarray)
+    models = np.array([model.name for model in scenario.workload.models])
+    classes = np.array([slo_class.name for slo_class in scenario.slo.classes])
+    arrival_s = table["arrival_s"]
+    return pd.DataFrame(
+        {
+            "arrival_s": arrival_s,
+            "model": models[table["model"]],
+            "slo_class": classes[table["slo_class"]],
+            "met": table["settled"] == MET,
+            "queueing_s": table["first_scheduled_s"] - arrival_s,
+            "ttft_s": table["first_token_s"] - arrival_s,
+            "e2e_s": table["finish_s"] - arrival_s,
+        }
+    )
 
 
 def _environment(scenario: ScenarioSpec, planner: PlannerSpec) -> EnvironmentSpec:

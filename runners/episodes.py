@@ -48,7 +48,8 @@ class EpisodeTask:
 
     def finished_row(self) -> Row | None:
         """The row an earlier run has left, unless a file this run asks for is missing beside it."""
-        if self.timeline and not self.key.timeline_path(self.out).exists():
+        beside = (self.key.timeline_path(self.out), self.key.requests_path(self.out)) if self.timeline else ()
+        if not all(path.exists() for path in beside):
             return None
         return results.read_row(self.key.row_path(self.out))
 
@@ -63,6 +64,8 @@ def run_task(task: EpisodeTask) -> Row:
     if result.timeline is not None:
         trace = json.dumps(result.timeline.to_chrome_trace(), separators=(",", ":"))
         files.write_text(key.timeline_path(task.out), trace)
+    if result.requests is not None:
+        results.write_rows(key.requests_path(task.out), result.requests)
     row = results.make_row(key, result)
     results.write_row(key.row_path(task.out), row)
     return row

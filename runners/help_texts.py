@@ -14,6 +14,7 @@ GROUPS = {
     "environment": "decision epochs, request groups, decision time, costs",
     "planner": "one or several: planner=edf, planner=[fcfs,edf,qlm]",
     "tracking": "where results are mirrored to",
+    "experiment": "a question as a grid of scenarios, with planners and seeds",
 }
 
 SETTINGS = {
@@ -30,7 +31,11 @@ SETTINGS = {
     "bound_time_limit_s": "wall-clock limit of column generation",
     "snapshots": "also plan problems met in episodes",
     "large": "also plan 2,000 groups on 1,000 instances in a process of its own and tell its peak memory",
-    "duration_s": "wall-clock seconds of each measurement",
+    "duration_s": "wall-clock seconds of each measurement, or emulated time over which requests arrive",
+    "instances": "of the cluster, two fifths of them A10 and the rest A100",
+    "planner": "the planner's name",
+    "delta": "size of request groups, in average batches",
+    "interval_s": "emulated time between two decisions",
     "preset": "the workload: w_a, w_a_13b, w_a_70b or w_c",
     "queues": "requests left waiting when their waiting times are predicted",
     "histories": "requests served before that, beside the first batch",
@@ -90,6 +95,13 @@ SETTINGS = {
     "cpus": "cores a CPU engine computes on, such as [0]; null is all but one",
     "arguments": "further arguments of the server, such as [--no-enable-prefix-caching]",
     "start_timeout_s": "seconds until a server that is not ready is given up",
+    "quick": "the small form: fewer seeds, points and requests",
+    "names": "figures to draw; null draws all",
+    "rows": "where rows of episodes and measurements are kept; the same folder again resumes",
+    "simulate": "run what is missing; without, missing rows are an error",
+    "learned": "a folder of qlm compare with learned policies",
+    "validations": "a folder of results of qlm profile validate, each in a folder of its own",
+    "folder": "results of qlm compare or qlm evaluate",
     "timeline": "write a Chrome trace of every episode to out/timelines",
 }
 
@@ -129,7 +141,7 @@ def command_help(name: str, command: Command, config_dir: Path | None = None) ->
     """What `qlm COMMAND --help` prints: usage, groups with their options, settings, options, examples."""
     schema = read_schema(command.config_name)
     lines = [
-        f"usage: qlm {name} [key=value ...] [options]",
+        f"usage: qlm {name} {f'[{command.words.upper()}] ' if command.words else ''}[key=value ...] [options]",
         "",
         f"{command.summary[0].upper()}{command.summary[1:]}.",
     ]

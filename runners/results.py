@@ -92,10 +92,14 @@ class EpisodeKey:
 
     def failure_path(self, out: Path) -> Path:
         """Where the traceback of this episode goes if it fails."""
-        return out / "failures" / f"{self._file_name}.txt"
+        return out / "failures" / f"{self.file_name}.txt"
 
     def timeline_path(self, out: Path) -> Path:
-        return out / "timelines" / f"{self._file_name}.json"
+        return timeline_path(out, self.file_name)
+
+    def requests_path(self, out: Path) -> Path:
+        """Where the latencies of every request go, beside a timeline."""
+        return requests_path(out, self.file_name)
 
     @property
     def name(self) -> str:
@@ -103,9 +107,27 @@ class EpisodeKey:
         return f"{self.label}{'' if self.backend == EMULATOR else f' on {self.backend}'} seed {self.seed}"
 
     @property
-    def _file_name(self) -> str:
+    def file_name(self) -> str:
+        """What the episode's files are called."""
         backend = "" if self.backend == EMULATOR else f"-{self.backend}"
         return f"{self.label}{backend}-seed{self.seed}-{self.digest[:8]}"
+
+
+def timeline_path(out: Path, file_name: str) -> Path:
+    """Where the timeline of an episode is in a results folder."""
+    return out / "timelines" / f"{file_name}.json"
+
+
+def requests_path(out: Path, file_name: str) -> Path:
+    """Where the latencies of an episode's requests are in a results folder."""
+    return out / "requests" / f"{file_name}.parquet"
+
+
+def tell_backends_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with the backend as part of the planner's name, where there are several."""
+    if rows["backend"].nunique() < 2:
+        return rows
+    return rows.assign(planner=rows["planner"] + " on " + rows["backend"])
 
 
 def make_row(key: EpisodeKey, result: EpisodeResult) -> dict[str, Any]:
@@ -120,10 +142,12 @@ def make_row(key: EpisodeKey, result: EpisodeResult) -> dict[str, Any]:
         "seed": key.seed,
         "workload_hash": result.workload_hash,
         "backend": key.backend,
+        "episode": key.file_name,
         **_flatten(result.metrics),
         **_flatten({"planner_statistics": result.planner_statistics}),
         "decision_p50_ms": float(np.percentile(decisions, 50)) if decisions.size else np.nan,
         "decision_p99_ms": float(np.percentile(decisions, 99)) if decisions.size else np.nan,
+        "planning_s": float(decisions.sum()) / 1000.0,
         "wall_s": result.wall_s,
         "config_hash": hashlib.sha256(scenario.encode()).hexdigest()[:16],
         "scenario": scenario,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from runners.results import PER_CLASS
 from runners.stats import Interval, bootstrap_interval, paired_difference
@@ -86,7 +87,12 @@ def _triple(scores: pd.Series) -> dict[str, float | None]:
     known = scores.dropna().to_numpy(dtype=np.float64)
     if known.size == 0:
         return dict.fromkeys(Interval._fields)
-    return bootstrap_interval([known], bootstrap_rng())._asdict()
+    return interval_over_seeds(known)._asdict()
+
+
+def interval_over_seeds(scores: ArrayLike) -> Interval:
+    """The interquartile mean of scores of shape (n,) with its 95 % bootstrap interval."""
+    return bootstrap_interval([scores], bootstrap_rng())
 
 
 def bootstrap_rng() -> np.random.Generator:

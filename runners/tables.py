@@ -40,9 +40,9 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], differences: Mapping[
         if differences:
             difference = differences.get(entry["planner"])
             cells.append(_percent(difference._asdict(), sign="+") if difference else "")
-        cells += [_number(entry[name]) for name in ("request_throughput_per_s", "utilisation")]
-        cells += [_number(entry[name]) for name in ("swaps", "evictions")]
-        cells.append(f"{_number(entry['decision_p50_ms'])} / {_number(entry['decision_p99_ms'])}")
+        cells += [number(entry[name]) for name in ("request_throughput_per_s", "utilisation")]
+        cells += [number(entry[name]) for name in ("swaps", "evictions")]
+        cells.append(f"{number(entry['decision_p50_ms'])} / {number(entry['decision_p99_ms'])}")
         table.add_row(*cells)
     return table
 
@@ -54,7 +54,7 @@ def episode_table(rows: pd.DataFrame, title: str) -> Table:
     table.add_column("value", justify="right")
     for name, value in rows.drop(columns="seed").mean(numeric_only=True).items():
         label = f"slo_attainment {name.removeprefix(PER_CLASS)}" if name.startswith(PER_CLASS) else name
-        table.add_row(label, _number(value))
+        table.add_row(label, number(value))
     return table
 
 
@@ -62,8 +62,14 @@ def mapping_table(values: Mapping[str, Any], title: str) -> Table:
     """Names and values, one pair per line."""
     table = Table("", title=title, show_header=False)
     for name, value in values.items():
-        table.add_row(name, _number(value) if isinstance(value, (int, float)) else str(value))
+        table.add_row(name, number(value) if isinstance(value, (int, float)) else str(value))
     return table
+
+
+def interval_percent(interval: Interval, sign: str = "") -> str:
+    """An interval of shares in percent, on one line; the interval of a single value is left out."""
+    value, low, high = (100.0 * number for number in interval)
+    return f"{value:{sign}.1f}" + (f" [{low:{sign}.1f}, {high:{sign}.1f}]" if low < high else "")
 
 
 def _percent(triple: Mapping[str, float | None] | None, sign: str = "") -> str:
@@ -73,7 +79,8 @@ def _percent(triple: Mapping[str, float | None] | None, sign: str = "") -> str:
     return f"{value:{sign}.1f}" + (f"\n[{lo:{sign}.1f}, {hi:{sign}.1f}]" if lo < hi else "")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number as people read it; a dash for none."""
     if value is None or not math.isfinite(value):
         return "-"
     if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):

@@ -37,8 +37,9 @@ def log(
     summary: Sequence[Mapping[str, Any]],
     rows: pd.DataFrame,
     figures: Sequence[Path],
+    report: Path | None,
 ) -> None:
-    """One wandb run per planner: its configuration, summary, episodes, the figures and the timelines.
+    """One wandb run per planner: its configuration, summary, episodes, the figures, the timelines and the report page.
 
     Raises:
         CommandFailed: wandb refused; the files are complete nevertheless.
@@ -50,7 +51,7 @@ def log(
 
     try:
         for entry in summary:
-            _log_planner(tracking, config, entry, rows[rows["planner"] == entry["planner"]], figures)
+            _log_planner(tracking, config, entry, rows[rows["planner"] == entry["planner"]], figures, report)
     except wandb.Error as error:
         raise CommandFailed(
             f"wandb: {' '.join(str(error).split())} (the results in {config.out} are complete)"
@@ -63,6 +64,7 @@ def _log_planner(
     entry: Mapping[str, Any],
     rows: pd.DataFrame,
     figures: Sequence[Path],
+    report: Path | None,
 ) -> None:
     import wandb
 
@@ -88,7 +90,8 @@ def _log_planner(
         run.summary.update(dict(entry))
         shown = rows.drop(columns=["scenario", "planner_options"])
         images = {figure.stem: wandb.Image(str(figure)) for figure in figures}
-        run.log({"episodes": wandb.Table(dataframe=shown), **images})
+        pages = {} if report is None else {"report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)}
+        run.log({"episodes": wandb.Table(dataframe=shown), **images, **pages})
         timelines = [
             EpisodeKey(config.scenario, name, planner, int(seed), backend).timeline_path(config.out)
             for seed in entry["seeds"]

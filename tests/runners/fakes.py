@@ -68,6 +68,22 @@ def episode(scenario: ScenarioSpec, planner: PlannerSpec, seed: int, *, timeline
         decision_ms=np.array([1.0, 2.0, 3.0, 4.0]),
         wall_s=0.25,
         timeline=FakeTimeline() if timeline else None,
+        requests=requests(seed) if timeline else None,
+    )
+
+
+def requests(seed: int) -> pd.DataFrame:
+    """Four requests of two classes, one of which never finished."""
+    return pd.DataFrame(
+        {
+            "arrival_s": [0.0, 1.0, 2.0, 3.0],
+            "model": "vicuna-7b",
+            "slo_class": ["interactive", "batch-2", "interactive", "batch-2"],
+            "met": [True, True, True, False],
+            "queueing_s": [0.1, 0.2, 0.3 + seed, np.nan],
+            "ttft_s": [0.5, 0.6, 0.7 + seed, np.nan],
+            "e2e_s": [2.0, 3.0, 4.0 + seed, np.nan],
+        }
     )
 
 
@@ -87,6 +103,7 @@ def episode_of_planner_dependent_workload(
         result.decision_ms,
         result.wall_s,
         result.timeline,
+        result.requests,
     )
 
 

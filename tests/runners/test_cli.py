@@ -24,7 +24,7 @@ MISTAKES = [
     # commands and flags
     (
         ["nope"],
-        "unknown command 'nope'; allowed: attainable, bench, cluster, compare, evaluate, profile, vllm, workload",
+        "unknown command 'nope'; allowed: attainable, bench, cluster, compare, evaluate, figures, profile, report, ",
     ),
     (["comapre", "seeds=1"], "(did you mean 'compare'?)"),
     (["workload"], "qlm workload needs one of: describe, export"),
@@ -38,6 +38,12 @@ MISTAKES = [
     (["compare", "--config-dir"], "--config-dir: name a folder"),
     (["compare", "--config-dir", "/no/such"], "--config-dir: no folder '/no/such'"),
     (["workload", "describe", "-m"], "takes no -m"),
+    (["report"], "'folder': name the results of a qlm compare"),
+    (["report", "no/such"], "there is no folder 'no/such'"),
+    (["figures", "nope"], "no figure named 'nope'; allowed: headline,"),
+    (["compare", "--quick"], "unknown key 'quick'"),
+    (["sweep", "experiment=nope"], "'nope' is not an option of experiment; allowed: device_mix,"),
+    (["sweep", "experiment.seeds=0"], "'experiment.seeds': expected a count"),
     # overrides
     (["compare", "foo"], "malformed override 'foo': expected key=value"),
     (["compare", "seeds=[1,2"], "malformed override 'seeds=[1,2': expected key=value"),

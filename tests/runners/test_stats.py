@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runners.stats import bootstrap_interval, interquartile_mean, paired_difference
+from runners.stats import (
+    bootstrap,
+    bootstrap_interval,
+    interquartile_mean,
+    normalised_score,
+    paired_difference,
+    paired_improvement,
+    performance_profile,
+    probability_of_improvement,
+    relative_gain,
+)
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -88,3 +98,71 @@ def test_only_common_seeds_are_paired() -> None:
     assert paired_difference({1: 0.5, 2: 0.9}, {2: 0.4, 3: 0.0}, rng()) == pytest.approx((0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="no seed in common"):
         paired_difference({1: 0.5}, {2: 0.4}, rng())
+
+
+# The scores of rliable's own tests (metrics_test.py), runs x tasks, and the values stated there.
+RLIABLE_X = np.array([[1, 2], [2, 2], [1, 1], [2, 1]])
+RLIABLE_Y = np.array([[1, 1], [2, 2], [3, 3]])
+
+
+def test_rliable_published_values() -> None:
+    assert interquartile_mean(RLIABLE_X) == 1.5
+    assert interquartile_mean(RLIABLE_Y) == 2.0
+    assert bootstrap_interval(list(RLIABLE_X.T), rng()).iqm == 1.5
+    assert probability_of_improvement(list(RLIABLE_X.T), list(RLIABLE_Y.T)) == pytest.approx(1 / 3)
+
+
+@given(SCORES, SCORES)
+def test_probability_of_improvement_is_counted_over_all_pairs(x: list[float], y: list[float]) -> None:
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in x for b in y)
+    assert probability_of_improvement([x], [y]) == pytest.approx(wins / (len(x) * len(y)))
+    assert probability_of_improvement([x], [x]) == pytest.approx(0.5)
+
+
+def test_probability_of_improvement_averages_workloads_not_runs() -> None:
+    # Won on a workload of one run, lost on one of four.
+    assert probability_of_improvement([[1.0], [0.0] * 4], [[0.0], [1.0] * 4]) == 0.5
+    with pytest.raises(ValueError, match="at least one score"):
+        probability_of_improvement([[]], [[1.0]])
+
+
+def test_paired_improvement_compares_equal_seeds_only() -> None:
+    # Better by a hair under every seed, though the seeds differ by far more.
+    baseline = {seed: float(seed) for seed in range(10)}
+    better = {seed: value + 0.01 for seed, value in baseline.items()}
+    assert paired_improvement({"w": (better, baseline)}, rng()) == (1.0, 1.0, 1.0)
+    assert probability_of_improvement([list(better.values())], [list(baseline.values())]) == pytest.approx(0.55)
+    mixed = {0: (1.0, 0.0), 1: (0.0, 1.0), 2: (1.0, 1.0), 3: (1.0, 0.0)}
+    ours, theirs = ({seed: pair[k] for seed, pair in mixed.items()} for k in (0, 1))
+    result = paired_improvement({"w": (ours, theirs)}, rng())
+    assert result.iqm == 0.625
+    assert result.lo < 0.625 < result.hi
+
+
+def test_performance_profile_is_the_share_above_each_threshold() -> None:
+    profile = performance_profile([[0.1, 0.5], [0.5, 0.9]], [0.0, 0.1, 0.5, 0.9], rng())
+    assert profile.value == pytest.approx([1.0, 0.75, 0.25, 0.0])
+    assert profile.lo[0] == profile.hi[0] == 1.0
+    assert np.all((profile.lo <= profile.value) & (profile.value <= profile.hi))
+
+
+def test_relative_gain_keeps_the_scores_of_a_seed_together() -> None:
+    baseline = {seed: float(value) for seed, value in enumerate(rng(4).uniform(0.2, 1.0, size=10))}
+    doubled = {seed: 2.0 * value for seed, value in baseline.items()}
+    assert relative_gain({"w": (doubled, baseline)}, rng()) == pytest.approx((1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="baseline of 0"):
+        relative_gain({"w": ({0: 1.0}, {0: 0.0})}, rng())
+    with pytest.raises(ValueError, match="no seed in common"):
+        relative_gain({"w": ({0: 1.0}, {1: 1.0})}, rng())
+
+
+def test_normalised_score() -> None:
+    assert normalised_score([0.5, 0.9, 0.4], 0.5, [0.9, 0.9, 0.9]) == pytest.approx([0.0, 1.0, -0.25])
+    assert np.isnan(normalised_score(0.5, 0.5, 0.5))
+
+
+def test_bootstrap_resamples_whole_samples() -> None:
+    # Two columns that always add up to 1 keep doing so in every resample.
+    column = rng(6).random(20)
+    sums = bootstrap([np.stack([column, 1.0 - column], axis=1)], lambda drawn: drawn[0].sum(axis=2).mean(axis=1), rng())
+    assert (float(sums.value), float(sums.lo), float(sums.hi)) == pytest.approx((1.0, 1.0, 1.0))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qlm_env.spec import ConfigError
+from runners import report
 from runners.compare import compare
 from runners.config import CompareConfig
 from tests.runners import fakes
@@ -26,6 +27,8 @@ def test_offline_runs_are_written_below_out(
     for run in runs:
         assert list(run.glob("*.wandb"))
         assert {path.name.partition("_")[0] for path in run.rglob("*.png")} == {"attainment", "latency"}
+        pages = [path.read_text(encoding="utf-8") for path in run.rglob("*.html")]
+        assert [page.count("<title>smoke on smoke</title>") for page in pages] == [1] * report.available()
 
 
 def test_a_missing_package_is_found_before_the_run(
