@@ -107,8 +107,8 @@ def _report(config: CompareConfig, rows: pd.DataFrame, make_table: TableMaker) -
     results.write_rows(out / "results.parquet", rows)
     _write_summary(out, summarise(rows))
     if shown is not rows:
-        page = side_by_side.write_report(config, rows)
-        print(f"emulator and real cluster side by side: {page}", file=sys.stderr)
+        both = side_by_side.write_report(config, rows)
+        print(f"emulator and real cluster side by side: {both}", file=sys.stderr)
     rows, summary = shown, summarise(shown)
     figures = [out / "attainment.png", out / "latency.png"]
     plots.draw_attainment(figures[0], summary)
