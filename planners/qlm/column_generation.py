@@ -204,7 +204,17 @@ def _per_instance(problem: Problem) -> list[Float]:
         problem.load_s.T,
         problem.unload_s.T,
     )
-    alone = (problem.start_model, problem.ready_s, problem.present, problem.drain_s, problem.swap_cost)
+    alone = (
+        problem.start_model,
+        problem.ready_s,
+        problem.present,
+        problem.drain_s,
+        problem.evict_s,
+        problem.displaced_weight,
+        problem.displaced_slack_s,
+        problem.displaced_delay_cost,
+        problem.swap_cost,
+    )
     return [np.asarray(array, np.float64) for array in (*per_group, *alone)]
 
 

@@ -11,6 +11,9 @@ weight, a request costs
 - POINT: ``w`` if ``c > d``, as without a distribution.
 
 Along a group, waiting and deadlines run linearly from the first request to the last, and three points stand for all.
+
+Before a swap the running batch drains, or is evicted, whichever is cheaper: what is evicted goes on once the run that
+took its place is done and its model is back, and may miss by then.
 """
 
 from __future__ import annotations
@@ -71,6 +74,9 @@ def serve_run(
 ) -> tuple[int, float, float, float]:
     """Instance ``i`` serves the run of one model that starts at ``sequence[k]``, after a swap if it needs one.
 
+    Of the two ways to make room for a first run of another model, to let the batch drain and to evict it, the cheaper
+    one is taken.
+
     Args:
         time_s: when the run before it started.
         drain_s: how long after that its batch has drained.
@@ -80,21 +86,70 @@ def serve_run(
     """
     model = problem.start_model[i] if k == 0 else problem.model[sequence[k - 1]]
     run_model = problem.model[sequence[k]]
-    present = problem.present[i] if k == 0 else 0.0
+    swaps = run_model != model
+    present = problem.present[i] if k == 0 and not swaps else 0.0
+    end = k
+    in_run = present
+    while end < length and problem.model[sequence[end]] == run_model:
+        in_run += problem.requests[sequence[end]]
+        end += 1
+    start_s = time_s
     cost = 0.0
-    if run_model != model:
+    if swaps:
         swap_s = problem.load_s[i, run_model]
         if model >= 0:
             swap_s += problem.unload_s[i, model]
         cost = problem.swap_cost[i] * (0.5 * drain_s + swap_s)
         time_s += drain_s + swap_s
-        present = 0.0
-    end = k
-    in_run = present
-    joins = k == 0 and run_model == model
-    while end < length and problem.model[sequence[end]] == run_model:
-        in_run += problem.requests[sequence[end]]
-        end += 1
+        if k == 0 and problem.evict_s[i] < drain_s:
+            evicted_start_s = start_s + problem.evict_s[i] + swap_s
+            back_s = problem.load_s[i, model] + problem.unload_s[i, run_model] + problem.evict_s[i]
+            evicted_cost = problem.swap_cost[i] * (0.5 * problem.evict_s[i] + swap_s + back_s)
+            served, run_s = _serve(problem, i, sequence, k, end, evicted_start_s, in_run, present, False)
+            resumed_s = evicted_start_s + run_s + back_s
+            evicted_cost += served + displaced_cost(problem, i, resumed_s)
+            served, run_s = _serve(problem, i, sequence, k, end, time_s, in_run, present, False)
+            if evicted_cost < cost + served:
+                return end, evicted_start_s, run_s, evicted_cost
+            return end, time_s, run_s, cost + served
+    served, run_s = _serve(problem, i, sequence, k, end, time_s, in_run, present, k == 0 and not swaps)
+    return end, time_s, run_s, cost + served
+
+
+@inlined
+def displaced_cost(problem: Problem, i: int, resumed_s: float) -> float:
+    """Cost of the batch that was evicted from instance ``i`` going on at ``resumed_s`` instead of now."""
+    error_s = WAIT_ERROR * resumed_s
+    missed = request_cost(
+        problem.form,
+        problem.confidence,
+        resumed_s - problem.displaced_slack_s[i],
+        MIN_STD_S * MIN_STD_S + error_s * error_s,
+    )
+    return problem.displaced_weight[i] * missed + problem.displaced_delay_cost[i] * resumed_s
+
+
+@inlined
+def _serve(
+    problem: Problem,
+    i: int,
+    sequence: Int,
+    k: int,
+    end: int,
+    time_s: float,
+    in_run: float,
+    present: float,
+    joins: bool,
+) -> tuple[float, float]:
+    """Cost of ``sequence[k:end]``, all of the model on the GPU from ``time_s`` on, and when their batch has drained.
+
+    Args:
+        in_run: requests of the run together, those already running included.
+        present: of those, the ones already running.
+        joins: whether these join the present batch and crowd it.
+    """
+    cost = 0.0
+    drain_s = 0.0
     wait_s = 0.0
     for position in range(k, end):
         g = sequence[position]
@@ -109,7 +164,7 @@ def serve_run(
         wait_s = max(first_wait_s, (present - full) * problem.interval_s[g, i])
         cost += group_cost(problem, g, time_s + first_wait_s, time_s + wait_s, latency_s)
         drain_s = wait_s + latency_s
-    return end, time_s, drain_s, cost
+    return cost, drain_s
 
 
 @kernel

@@ -194,7 +194,8 @@ def relaxed_cost(problem: Problem, tables: Tables, i: int, sequence: Int, shares
     start_s = problem.ready_s[i]
     model = problem.start_model[i]
     present = problem.present[i]
-    drain_s = problem.drain_s[i]
+    # Evicting the batch is never slower than this, and what it costs besides is left out.
+    drain_s = min(problem.drain_s[i], problem.evict_s[i])
     wait_s = 0.0
     total = 0.0
     level = -1

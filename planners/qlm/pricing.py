@@ -461,7 +461,8 @@ def price(problem: Problem, tables: Tables, work: Workspace, i: int, prices: Flo
     work.node_count[0] = 0
     root = len(work.used) - 2
     least = goal
-    ready_s, loaded, drain_s = problem.ready_s[i], problem.start_model[i], problem.drain_s[i]
+    ready_s, loaded = problem.ready_s[i], problem.start_model[i]
+    drain_s = min(problem.drain_s[i], problem.evict_s[i])
     _begin_chains(work, root, 0.5 * problem.swap_cost[i] * drain_s, ready_s + drain_s, 0.0)
     _begin_next(problem, work, i, cell_s, root, loaded, least)
     if loaded >= 0:

@@ -67,6 +67,14 @@ class Problem(NamedTuple):
     """(I,) requests in the batch"""
     drain_s: Float
     """(I,) time until the batch has drained, were nothing admitted"""
+    evict_s: Float
+    """(I,) to evict the batch, and again to take it up; inf where it must drain"""
+    displaced_weight: Float
+    """(I,) weight of the running requests together"""
+    displaced_slack_s: Float
+    """(I,) by how much they may be late to go on, the most urgent of them, if they are evicted"""
+    displaced_delay_cost: Float
+    """(I,) of all of them going on a second later"""
     load_s: Float
     """(I, M) to bring a model onto the GPU"""
     unload_s: Float
@@ -92,6 +100,16 @@ A delay counts by the share of the target that it takes: what waits now is overt
 urgent, and the less room there is the sooner that becomes a miss. So of two orders that meet every SLO as far as can be
 seen, the one by deadline is cheaper.
 """
+
+
+def class_weights(view: ClusterView, spec: QlmSpec) -> Float:
+    """(C,) weight of a request of each SLO class.
+
+    Lateness counts in targets, so that an hour late for a target of an hour is as bad as a minute for a minute.
+    """
+    classes = view.scenario.slo.classes
+    weight = np.array([c.weight for c in classes])
+    return weight / np.array([c.target_s for c in classes]) if spec.cost == "lateness" else weight
 
 
 def class_outputs(view: ClusterView, group: GroupView) -> OutputStatistics:
@@ -122,15 +140,12 @@ def make_problem(
     serving = [i.serving_model for i in instances]
     steady = np.array([0.0 if i.coming_model is not None else 1.0 for i in instances])
     now_s = view.now_s
-    classes = view.scenario.slo.classes
     drain_s = np.array([remaining_s(view, i) for i in instances])
     loading_s = np.array([i.loading_left_s for i in instances])
     rate = np.where(allowed, 1.0 / np.where(allowed, full.interval_s, 1.0), 0.0)
     requests = np.array([float(g.waiting) for g in groups])
-    weight = np.array([classes[g.slo_class].weight for g in groups])
-    if spec.cost == "lateness":
-        # Lateness counts in targets, so that an hour late for a target of an hour is as bad as a minute for a minute.
-        weight = weight / np.array([g.target_s for g in groups])
+    weight = class_weights(view, spec)[[g.slo_class for g in groups]]
+    evict_s, displaced_weight, displaced_slack_s, displaced_delay_cost = _displaced(view, spec, drain_s)
     # Were the whole backlog spread over the instances that may take it.
     backlog_s = float((requests / np.maximum(rate.sum(axis=1), 1e-9))[allowed.any(axis=1)].sum())
     present = steady * np.array([float(i.num_running + i.engine_queue_length) for i in instances])
@@ -155,6 +170,10 @@ def make_problem(
         ready_s=loading_s + (1.0 - steady) * np.where(loading_s > 0, 0.0, drain_s),
         present=present,
         drain_s=steady * drain_s,
+        evict_s=evict_s,
+        displaced_weight=displaced_weight,
+        displaced_slack_s=displaced_slack_s,
+        displaced_delay_cost=displaced_delay_cost,
         load_s=np.array([[i.load_s(m) for m in view.models] for i in instances]),
         unload_s=view.placements["sleep_s"].astype(np.float64),
         idle_s=idle_s,
@@ -167,6 +186,33 @@ def make_problem(
     )
     # Compiled functions are compiled for one layout of every array.
     return Problem._make(np.ascontiguousarray(v) if isinstance(v, np.ndarray) else v for v in problem)
+
+
+def _displaced(view: ClusterView, spec: QlmSpec, drain_s: Float) -> tuple[Float, Float, Float, Float]:
+    """(I,) each: ``evict_s``, ``displaced_weight``, ``displaced_slack_s`` and ``displaced_delay_cost``."""
+    instances = view.instances
+    evict_s = np.full(len(instances), np.inf)
+    weight, slack_s, delay_cost = np.zeros((3, len(instances)))
+    if not spec.evict:
+        return evict_s, weight, slack_s, delay_cost
+    class_weight = class_weights(view, spec)
+    target_s = np.array([c.target_s for c in view.scenario.slo.classes])
+    block_size = view.scenario.cluster.engine.block_size
+    for i, instance in enumerate(instances):
+        model = instance.active_model
+        if model is None or not instance.num_running or instance.coming_model is not None:
+            continue
+        placement = instance.placement(model)
+        tokens = float(instance.used_blocks * block_size)
+        if spec.keep_kv:
+            evict_s[i] = tokens * placement["kv_bytes_per_token"] / placement["kv_swap_bytes_per_s"]
+        else:
+            evict_s[i] = tokens * placement["c2"]
+        batch = instance.batch()
+        weight[i] = class_weight[batch.slo_class].sum()
+        slack_s[i] = float(batch.deadline_s.min()) - view.now_s - drain_s[i]
+        delay_cost[i] = (DELAY_COST / target_s[batch.slo_class]).sum()
+    return evict_s, weight, slack_s, delay_cost
 
 
 def smallest_problem() -> Problem:
@@ -189,6 +235,10 @@ def smallest_problem() -> Problem:
         ready_s=one,
         present=one,
         drain_s=one,
+        evict_s=one,
+        displaced_weight=one,
+        displaced_slack_s=one,
+        displaced_delay_cost=one,
         load_s=square,
         unload_s=square,
         idle_s=one,

@@ -51,9 +51,31 @@ def plain_group_cost(problem: Problem, g: int, first_s: float, last_s: float, la
 
 
 def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
-    """The same cost, run of one model by run, without incremental state across runs."""
+    """The same cost, run of one model by run, with the batch drained or evicted before a first run of another model."""
+    if not queue or problem.model[queue[0]] == problem.start_model[i] or problem.evict_s[i] >= problem.drain_s[i]:
+        return plain_cost_after(problem, i, queue, problem.drain_s[i])[0]
+    model, start_model, evict_s = problem.model[queue[0]], problem.start_model[i], problem.evict_s[i]
+    back_s = problem.load_s[i, start_model] + problem.unload_s[i, model] + evict_s
+
+    def besides(groups: list[int]) -> float:
+        """What eviction costs, next to the queue behind it."""
+        resumed_s = plain_cost_after(problem, i, groups, evict_s)[1] + back_s
+        std_s = math.hypot(MIN_STD_S, WAIT_ERROR * resumed_s)
+        missed = plain_request_cost(problem, resumed_s - problem.displaced_slack_s[i], std_s)
+        displaced = problem.displaced_weight[i] * missed + problem.displaced_delay_cost[i] * resumed_s
+        return float(problem.swap_cost[i] * back_s + displaced)
+
+    head = list(itertools.takewhile(lambda g: problem.model[g] == model, queue))
+    drained = plain_cost_after(problem, i, head, problem.drain_s[i])[0]
+    if plain_cost_after(problem, i, head, evict_s)[0] + besides(head) < drained:
+        return plain_cost_after(problem, i, queue, evict_s)[0] + besides(head)
+    return plain_cost_after(problem, i, queue, problem.drain_s[i])[0]
+
+
+def plain_cost_after(problem: Problem, i: int, queue: list[int], drain_s: float) -> tuple[float, float]:
+    """What a queue costs if the present batch is gone after ``drain_s``, and when it is done."""
     time_s, model = problem.ready_s[i], problem.start_model[i]
-    present, drain_s, cost = problem.present[i], problem.drain_s[i], 0.0
+    present, cost = problem.present[i], 0.0
     for run_model, run in itertools.groupby(queue, key=lambda g: problem.model[g]):
         groups = list(run)
         if run_model != model:
@@ -74,7 +96,7 @@ def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
             waited_s = max(first_s, interval_s * (present - full))
             cost += plain_group_cost(problem, g, time_s + first_s, time_s + waited_s, latency_s)
             drain_s = waited_s + latency_s
-    return cost
+    return cost, time_s + drain_s
 
 
 @pytest.mark.parametrize("form", [MISS, LATENESS, CHANCE, POINT])
