@@ -228,9 +228,14 @@ class InstanceView:
         return plain(self._world.fleet.placement)[self.index, model]
 
     def load_s(self, model: int) -> float:
-        """Seconds to bring a model that is not on the GPU onto it: from host memory, or from storage."""
+        """Seconds to bring a model onto the GPU: from host memory, or from storage.
+
+        The active one is asked about for coming back after another; by then it sleeps in host memory, if that can
+        hold it.
+        """
         target = self.placement(model)
-        if self.warm(model):
+        sleeps = model == self.active_model and target["weight_bytes"] <= self._engine["host_memory_bytes"]
+        if sleeps or self.warm(model):
             return float(target["wake_s"])
         if self._engine["stage_target"] == model:
             staged_s = float(self._engine["stage_end_s"] - plain(self._world.clock)["now_s"][0])

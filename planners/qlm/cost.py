@@ -104,7 +104,8 @@ def serve_run(
         if k == 0 and problem.evict_s[i] < drain_s:
             evicted_start_s = start_s + problem.evict_s[i] + swap_s
             back_s = problem.load_s[i, model] + problem.unload_s[i, run_model] + problem.evict_s[i]
-            evicted_cost = problem.swap_cost[i] * (0.5 * problem.evict_s[i] + swap_s + back_s)
+            # The swap back is paid by what goes on then.
+            evicted_cost = problem.swap_cost[i] * (0.5 * problem.evict_s[i] + swap_s)
             served, run_s = _serve(problem, i, sequence, k, end, evicted_start_s, in_run, present, False)
             resumed_s = evicted_start_s + run_s + back_s
             evicted_cost += served + displaced_cost(problem, i, resumed_s)

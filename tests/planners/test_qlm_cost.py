@@ -63,7 +63,7 @@ def plain_queue_cost(problem: Problem, i: int, queue: list[int]) -> float:
         std_s = math.hypot(MIN_STD_S, WAIT_ERROR * resumed_s)
         missed = plain_request_cost(problem, resumed_s - problem.displaced_slack_s[i], std_s)
         displaced = problem.displaced_weight[i] * missed + problem.displaced_delay_cost[i] * resumed_s
-        return float(problem.swap_cost[i] * back_s + displaced)
+        return float(displaced)
 
     head = list(itertools.takewhile(lambda g: problem.model[g] == model, queue))
     drained = plain_cost_after(problem, i, head, problem.drain_s[i])[0]
