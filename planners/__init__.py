@@ -24,6 +24,7 @@ from planners.spec import (
     EdfEvictSpec,
     EdfSpec,
     FcfsSpec,
+    LearnedSpec,
     LeastLaxitySpec,
     LeastLoadedSpec,
     LlumnixSpec,
@@ -86,3 +87,8 @@ def make_planner(spec: PlannerSpec) -> Planner:
             from planners.qlm.published.planner import PublishedPlanner
 
             return PublishedPlanner(spec)
+        case LearnedSpec():
+            # So is torch.
+            from planners.learned.planner import LearnedPlanner
+
+            return LearnedPlanner(spec)

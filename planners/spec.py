@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlm_env.spec import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, Spec, parse
 
@@ -182,6 +182,31 @@ class OracleSpec(PlannerSettings):
     qlm: QlmSpec = QlmSpec()
 
 
+class LearnedSpec(PlannerSettings):
+    """A policy trained with `qlm train`."""
+
+    name: Literal["learned"] = "learned"
+    path: str
+    """Folder of its checkpoint, or the name of one that comes with the package."""
+    greedy: bool = True
+    """Take the likeliest action; without, draw one."""
+    sha256: str = ""
+    """Hash of the weights, filled in: results of another training under the same path are not taken for these."""
+
+    @model_validator(mode="after")
+    def _name_the_weights(self) -> LearnedSpec:
+        # safetensors and torch are loaded only where they are used.
+        try:
+            from planners.learned.checkpoint import checkpoint_hash
+        except ImportError as error:
+            raise ValueError(f"{error.name} is not installed; pip install 'qlm-env[train]'") from None
+        found = checkpoint_hash(self.path)
+        if self.sha256 not in ("", found):
+            raise ValueError(f"sha256 is {self.sha256[:12]}, but the weights there have {found[:12]}")
+        object.__setattr__(self, "sha256", found)
+        return self
+
+
 PlannerSpec: TypeAlias = (
     FcfsSpec
     | EdfSpec
@@ -200,6 +225,7 @@ PlannerSpec: TypeAlias = (
     | QlmReleasedSpec
     | QlmV2Spec
     | QlmV1Spec
+    | LearnedSpec
 )
 
 _SPECS: dict[str, type[Spec]] = {
@@ -220,6 +246,7 @@ _SPECS: dict[str, type[Spec]] = {
     "qlm_released": QlmReleasedSpec,
     "qlm_v2": QlmV2Spec,
     "qlm_v1": QlmV1Spec,
+    "learned": LearnedSpec,
 }
 
 PLANNER_NAMES = tuple(_SPECS)

@@ -6,6 +6,7 @@ thread (:mod:`qlm_env.batch`) on one stack of worlds (:mod:`qlm_env.worlds`); Py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -218,14 +219,22 @@ class QLMVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
             infos = self._add_info(infos, {"workload_hash": ended.next_info["workload_hash"]}, ended.env)
         return batch.observations, batch.rewards, batch.terminations, batch.truncations, infos
 
-    def advance(self, actions: ArrayLike) -> Batch:
-        """As :meth:`step`, with what ended listed by environment: for adapters to other libraries."""
+    def advance(self, actions: ArrayLike, only: NDArray[np.int64] | None = None) -> Batch:
+        """As :meth:`step`, with what ended listed by environment: for adapters to other libraries.
+
+        Args:
+            only: the environments that take their action, ascending; the others stay as they are, their
+                observations are undefined, and their rewards and ends are none.
+        """
         chosen = self._checked(actions)
         panels = self._new_panels()
         before = self._row_groups.copy() if self.scenario.environment.strict else self._row_groups
-        self._run(panels, chosen)
-        self._recluster()
         last = self._last
+        if only is not None:
+            for name in ("reward", "dt_s", "invalid", "terminated", "truncated"):
+                last[name][:] = 0
+        self._run(panels, chosen, self._parts if only is None else np.array_split(only, len(self._parts)))
+        self._recluster()
         if self.scenario.environment.strict and last["invalid"].any():
             self._refuse(chosen, before)
         rewards = last["reward"].copy()
@@ -247,6 +256,43 @@ class QLMVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         self._running()
         return self._action_mask.astype(bool)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Where all episodes and generators stand, as plain arrays, copies: what :meth:`restore` takes."""
+        stack = self._running()
+        generators = [self._generator(k).bit_generator.state for k in range(self.num_envs)]
+        return {f"world_{j}": rows.copy() for j, rows in enumerate(stack.rows)} | {
+            "episodes": self._episodes.view(np.ndarray).view(np.uint8).copy(),
+            "row_groups": self._row_groups.copy(),
+            "action_mask": self._action_mask.copy(),
+            "clustered_at_arrival": self._clustered_at_arrival.copy(),
+            "generators": np.frombuffer(json.dumps(generators).encode(), np.uint8),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put all episodes where another vector environment of the same settings was; after a reset.
+
+        Raises:
+            ConfigError: the state is of other settings.
+        """
+        rows = self._running().rows
+        targets = {f"world_{j}": array for j, array in enumerate(rows)} | {
+            "episodes": self._episodes.view(np.ndarray).view(np.uint8),
+            "row_groups": self._row_groups,
+            "action_mask": self._action_mask,
+            "clustered_at_arrival": self._clustered_at_arrival,
+        }
+        for name, array in targets.items():
+            if name not in state or state[name].shape != array.shape or state[name].dtype != array.dtype:
+                raise ConfigError(f"the state of the environments is of other settings ('{name}' differs)")
+        for name, array in targets.items():
+            array[:] = state[name]
+        for k, generator in enumerate(json.loads(bytes(state["generators"]))):
+            self._generator(k).bit_generator.state = generator
+
+    def horizon_s(self, k: int) -> float:
+        """When environment ``k``'s episode is cut off, in emulated seconds."""
+        return float(self._last["horizon_s"][k])
+
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the threads and let go of the worlds."""
         self._stack = None
@@ -264,15 +310,15 @@ class QLMVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         return tuple(self._generator(k) for k in range(self.num_envs))
 
     # ----------------------------------------------------------------- parts of a step
-    def _run(self, panels: Panel, actions: NDArray[np.int64]) -> None:
-        """One step of every world: the first part on this thread, the others on the pool's."""
+    def _run(self, panels: Panel, actions: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> None:
+        """One step of the worlds in ``parts``: the first part on this thread, the others on the pool's."""
         given = (self._worlds(), panels, self._episodes, self._rules, self._scratch, actions)
         running = [
             self._pool.submit(step_worlds, *given, part, thread)
-            for thread, part in enumerate(self._parts)
+            for thread, part in enumerate(parts)
             if thread > 0 and self._pool is not None
         ]
-        step_worlds(*given, self._parts[0], 0)
+        step_worlds(*given, parts[0], 0)
         for call in running:
             call.result()
 

@@ -21,6 +21,7 @@ from qlm_env.lso import Lso, is_legal
 from qlm_env.observation import PRIOR_OUTPUT_TOKENS, PRIOR_REQUESTS
 from qlm_env.requests import NOWHERE, Records
 from qlm_env.spec import ScenarioSpec
+from qlm_env.worlds import copy_world
 
 
 def plain(records: Records) -> NDArray[np.void]:
@@ -324,6 +325,15 @@ class ClusterView:
     @property
     def now_s(self) -> float:
         return float(plain(self._world.clock)["now_s"][0])
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of the whole episode."""
+        return len(self._world.requests)
+
+    def copy_world(self) -> World:
+        """A copy of the cluster's arrays."""
+        return copy_world(self._world)
 
     @property
     def placements(self) -> NDArray[np.void]:

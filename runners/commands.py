@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners import cluster_config, config, experiment_config, live_config, profile_config, validate_config
+from qlm_env.spec import ConfigError
+from runners import (
+    cluster_config,
+    config,
+    experiment_config,
+    live_config,
+    profile_config,
+    train_config,
+    validate_config,
+)
 
 BENCHMARKS = {
     "emulator": ("runners.bench_emulator", config.parse_bench_emulator, "how fast the emulator runs on this machine"),
@@ -52,6 +62,33 @@ def _attainable(options: config.AttainableConfig) -> None:
     from runners.attainable import report_attainable
 
     report_attainable(options)
+
+
+def _train(options: train_config.TrainConfig) -> float:
+    _require_learning()
+    from runners.train import train
+
+    return train(options)
+
+
+def _record(options: train_config.RecordDemonstrationsConfig) -> None:
+    _require_learning()
+    from runners.record import record
+
+    record(options)
+
+
+def _require_learning() -> None:
+    """Refuse in one line where a library that learning needs is missing."""
+    for library in ("torch", "sb3_contrib", "safetensors"):
+        if importlib.util.find_spec(library) is None:
+            raise ConfigError(f"{library} is not installed; pip install 'qlm-env[train]'")
+
+
+def _merge_trainings(out: Path) -> None:
+    from runners.train_log import merge_jobs
+
+    merge_jobs(out)
 
 
 def _describe(options: config.WorkloadConfig) -> None:
@@ -171,7 +208,8 @@ class Command:
     """Its file in ``configs/``, without the suffix."""
     parse: Callable[[Mapping[str, Any]], Any]
     """Composed values -> what ``run`` takes; raises ConfigError."""
-    run: Callable[[Any], None]
+    run: Callable[[Any], float | None]
+    """Returns what a sweeper may optimise, if there is such a thing."""
     words: str = ""
     """The setting that words without ``=`` are values of; without it there are none."""
     merge: Callable[[Path], None] | None = None
@@ -232,6 +270,26 @@ COMMANDS = {
         run=_report,
         words="folder",
         examples=("qlm report results/first", "qlm report results/first out=first.html"),
+    ),
+    "train": Command(
+        summary="a policy trained by reinforcement learning or imitation",
+        config_name="train",
+        parse=train_config.parse_train,
+        run=_train,
+        merge=_merge_trainings,
+        examples=(
+            "qlm train cluster=small workload=w_a train=ppo_pointer out=results/w_a_pointer",
+            "qlm train cluster=smoke workload=smoke train=ppo_mlp train.total_steps=20000 out=results/first",
+            "qlm train train=imitation train.dataset=results/recorded-decisions out=results/imitation",
+            "qlm train train=ppo_pointer train.initial=results/imitation/checkpoint out=results/imitation_ppo",
+        ),
+    ),
+    "record": Command(
+        summary="a planner's decisions over several workloads, for imitation",
+        config_name="record",
+        parse=train_config.parse_record,
+        run=_record,
+        examples=("qlm record planner=edf cluster=small workload=w_a seeds=20 out=results/recorded-decisions",),
     ),
     "attainable": Command(
         summary="how many requests any policy could serve in time, at most",

@@ -229,7 +229,7 @@ def parse_compare(values: Mapping[str, Any]) -> CompareConfig:
         ConfigError: one line naming the first key that is wrong and what is allowed there.
     """
     scenario, rest = split_scenario(values)
-    planners = _parse_planners(rest.pop("planner", None))
+    planners = parse_planners(rest.pop("planner", None))
     return CompareConfig(scenario, planners, parse(RunOptions, rest))
 
 
@@ -254,7 +254,7 @@ def split_scenario(values: Mapping[str, Any]) -> tuple[ScenarioSpec, dict[str, A
     return scenario, {key: value for key, value in values.items() if key not in keys}
 
 
-def _parse_planners(entries: Any) -> dict[str, PlannerSpec]:
+def parse_planners(entries: Any) -> dict[str, PlannerSpec]:
     if not isinstance(entries, Mapping) or not entries:
         raise ConfigError(f"'planner': name at least one of {', '.join(PLANNER_NAMES)}")
     planners: dict[str, PlannerSpec] = {}

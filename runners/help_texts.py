@@ -13,6 +13,7 @@ GROUPS = {
     "slo": "SLO classes and the latency they are measured on",
     "environment": "decision epochs, request groups, decision time, costs",
     "planner": "one or several: planner=edf, planner=[fcfs,edf,qlm]",
+    "train": "algorithm, network, action set and their tuned values",
     "tracking": "where results are mirrored to",
     "experiment": "a question as a grid of scenarios, with planners and seeds",
 }
@@ -102,6 +103,7 @@ SETTINGS = {
     "learned": "a folder of qlm compare with learned policies",
     "validations": "a folder of results of qlm profile validate, each in a folder of its own",
     "folder": "results of qlm compare or qlm evaluate",
+    "tensorboard": "write curves to out/tensorboard",
     "timeline": "write a Chrome trace of every episode to out/timelines",
 }
 

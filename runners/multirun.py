@@ -33,9 +33,9 @@ def run_jobs(name: str, command: Command, request: Request) -> None:
     for values in (first, *others):
         command.parse(values)
 
-    def job(values: DictConfig) -> None:
+    def job(values: DictConfig) -> float | None:
         composed: Any = OmegaConf.to_container(values, resolve=True)
-        command.run(command.parse({**composed, "out": HydraConfig.get().runtime.output_dir}))
+        return command.run(command.parse({**composed, "out": HydraConfig.get().runtime.output_dir}))
 
     main = hydra.main(
         version_base=HYDRA_VERSION_BASE,

@@ -205,9 +205,14 @@ def claim(out: Path, scenario: ScenarioSpec) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ConfigError(f"'out': '{path}' is not valid JSON; choose another out=DIR") from None
-    difference = next(_differences(before, values), None)
+    difference = first_difference(before, values)
     if difference is not None:
         raise ConfigError(f"'out': '{out}' holds results of another scenario ({difference}); choose another out=DIR")
+
+
+def first_difference(before: Any, now: Any) -> str | None:
+    """The first key that differs between two configurations, with both values, or None."""
+    return next(_differences(before, now), None)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

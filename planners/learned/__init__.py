@@ -1,1 +1,1 @@
-"""Policies that learn, and what they need of other libraries; nothing here is imported without the `rl` extra."""
+"""Policies that learn, and what they need of other libraries; nothing here is imported without the `train` extra."""

@@ -24,7 +24,7 @@ MISTAKES = [
     # commands and flags
     (
         ["nope"],
-        "unknown command 'nope'; allowed: attainable, bench, cluster, compare, evaluate, figures, profile, report, ",
+        "unknown command 'nope'; allowed: attainable, bench, cluster, compare, evaluate, figures, profile, record, ",
     ),
     (["comapre", "seeds=1"], "(did you mean 'compare'?)"),
     (["workload"], "qlm workload needs one of: describe, export"),
