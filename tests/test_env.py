@@ -294,7 +294,7 @@ def test_an_episode_that_never_places_anything_is_cut_off_with_all_missed() -> N
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"cluster": "smal"}, "no cluster named 'smal'; allowed: large, paper"),
+        ({"cluster": "smal"}, "no cluster named 'smal'; allowed: large, live_cpu"),
         ({"workload": {"preset": "w_z"}}, "no workload named 'w_z'; allowed:"),
         ({"environment": {"max_group": 3}}, "unknown key 'environment.max_group'.*did you mean 'max_groups'"),
         ({"environment": {"decision_interval_s": 0}}, "environment.decision_interval_s"),
