@@ -9,7 +9,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 FIDELITY_CASES ?= 1200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint types docs vllm-env fidelity clean
+.PHONY: help demo install test lint types docs vllm-env test-vllm fidelity clean
 
 help:
 	@echo "make demo     compare three planners on a built-in workload (no torch needed)"
@@ -19,6 +19,7 @@ help:
 	@echo "make types    mypy, strict"
 	@echo "make docs     the documentation as a site in site/, warnings being errors"
 	@echo "make vllm-env a virtual environment in $(VLLM_VENV) with vLLM for CPUs beside the project"
+	@echo "make test-vllm the tests against real vLLM servers on this machine's CPUs"
 	@echo "make fidelity the emulator against vLLM's own scheduler, step by step, in $(FIDELITY_CASES) random cases"
 	@echo "make clean    remove $(VENV), $(VLLM_VENV), caches and the demo's results"
 
@@ -70,6 +71,14 @@ $(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
 	@touch $@
 
 vllm-env: $(VLLM_VENV)/.done
+
+# One test at a time: a server wants the cores for itself, and five of them fill 15 GB.
+test-vllm: $(VENV)/.dev
+	@if $(MAKE) --no-print-directory vllm-env; then \
+	    QLM_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -n 0 tests/vllm; \
+	else \
+	    echo "vLLM for CPUs cannot be installed here: the tests against real servers are skipped" >&2; \
+	fi
 
 fidelity: $(VLLM_VENV)/.done
 	QLM_FIDELITY_CASES=$(FIDELITY_CASES) $(VLLM_VENV)/bin/python -m pytest -n 2 tests/fidelity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from qlm_env.backends.vllm.launch import DUMMY_WEIGHTS, LaunchSettings, arguments, environment
 from qlm_env.backends.vllm.models import LlamaShape, write_random_llama
 from qlm_env.backends.vllm.server import ServerCommand, VllmServer
 from qlm_env.spec import ConfigError
@@ -40,41 +41,32 @@ def server_command(options: ServeOptions) -> ServerCommand:
     Raises:
         ConfigError: the model folder does not exist.
     """
-    dummy: tuple[str, ...] = ()
+    load_format = None
     if options.model_folder is None:
         model = Path(options.out) / "model"
         write_random_llama(model, LlamaShape(context_tokens=max(LlamaShape().context_tokens, options.max_model_len)))
-        dummy = ("--load-format", "dummy")
+        load_format = DUMMY_WEIGHTS
     else:
         model = Path(options.model_folder)
         if not model.is_dir():
             raise ConfigError(f"'model_folder': no folder {model}")
-    settings = {
-        "max-model-len": options.max_model_len,
-        "max-num-seqs": options.max_num_seqs,
-        "max-num-batched-tokens": options.max_num_batched_tokens,
-        "num-gpu-blocks-override": options.num_gpu_blocks,
-        "dtype": options.dtype,
-        "scheduling-policy": options.scheduling_policy,
-    }
-    environment = {
-        # The configuration that measuring and recording ask the server for.
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": None if options.cpus is None else ",".join(map(str, options.cpus)),
-    }
+    settings = LaunchSettings(
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        num_gpu_blocks=options.num_gpu_blocks,
+        dtype=options.dtype,
+        load_format=load_format,
+        scheduling_policy=options.scheduling_policy,
+        kv_cache_gib=options.kv_cache_gib,
+        cpus=options.cpus,
+        arguments=options.arguments,
+    )
     return ServerCommand(
         python=Path(options.python),
         model=model,
         served_name=options.name,
         port=options.port,
-        arguments=(
-            *dummy,
-            *(word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))),
-            *("--enforce-eager", "--enable-prompt-tokens-details", "--enable-per-request-metrics"),
-            *options.arguments,
-        ),
-        environment=tuple((name, value) for name, value in environment.items() if value is not None),
+        arguments=arguments(settings),
+        environment=environment(settings),
     )

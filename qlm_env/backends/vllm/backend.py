@@ -20,16 +20,20 @@ from qlm_env.backends.base import Backend, BackendError, BackendEvent
 from qlm_env.backends.emulator import commands
 from qlm_env.backends.emulator.state import GPU, HOST, PRIORITY, STORAGE, Fleet
 from qlm_env.backends.vllm import books
+from qlm_env.backends.vllm.client import CompletionRequest
 from qlm_env.backends.vllm.errors import ServerError
 from qlm_env.backends.vllm.event_loop import LoopThread
 from qlm_env.backends.vllm.facts import read_facts
 from qlm_env.backends.vllm.instance import Instance, InstanceLimits, Patience
+from qlm_env.backends.vllm.kv_store import remove
 from qlm_env.backends.vllm.live_request import LiveRequest
 from qlm_env.backends.vllm.mirror import NEWS, Effect, Mirror, rehearse
 from qlm_env.backends.vllm.provider import RunningServer, ServerProvider
 from qlm_env.backends.vllm.server_pool import PooledServer, ServerPool
 from qlm_env.backends.vllm.step_times import draw_prompt
 from qlm_env.requests import NOWHERE, RequestTable, reset_state, workload_hash
+
+WARM_UP_SALT = "warm-up"
 
 _LOOK_S = 1.0
 """How often a waiting caller sees whether something went wrong."""
@@ -151,6 +155,7 @@ class VllmBackend(Backend):
     def _new_pool(self, i: int) -> ServerPool:
         async def check(model: int, server: PooledServer) -> None:
             await self._check_room(i, model, server)
+            await self._warm_up(server)
 
         return ServerPool(i, self._provider, check, self._patience.hang_s, self.fleet.block_size)
 
@@ -169,6 +174,15 @@ class VllmBackend(Backend):
                     f"{server.running.url} serves {server.running.model_name} with {name} {has}; "
                     f"the cluster's configuration needs {needed}"
                 )
+
+    async def _warm_up(self, server: PooledServer) -> None:
+        """Let a server answer once: the first request of a process takes seconds longer than any other."""
+        # More than a block, as a KV store has an entry in common for all that is shorter.
+        prompt = [1] * (self.fleet.block_size + 2)
+        request = CompletionRequest(prompt, max_tokens=4, cache_salt=WARM_UP_SALT)
+        await server.client.complete(server.running.model_name, request)
+        if server.kv_store is not None:
+            remove(server.kv_store.entry(prompt))
 
     # ------------------------------------------------------------------- time
     @property
@@ -226,6 +240,13 @@ class VllmBackend(Backend):
             if self.requests["instance"][request] != instance:
                 raise BackendError(f"cannot evict request {request}: it is not at instance {instance}")
         self._command("evict", instance, lambda live: live.evict(leaving, keep_kv))
+
+    def drop_kv(self, request: int) -> None:
+        self._check_request(request)
+        kept = bool(self.requests["kv_host"][request] != NOWHERE)
+        self._book(f"drop the KV of request {request}", commands.DROP_KV, 0, request)
+        if kept:
+            self._call(self._live[request].drop_kv)
 
     def swap_model(self, instance: int, model: int) -> None:
         self._check_instance(instance)

@@ -175,12 +175,12 @@ class Instance:
     async def _store_and_let_go(
         self, request: LiveRequest, stream: asyncio.Task[None], server: PooledServer, keeping: Keeping
     ) -> None:
-        """Send what is computed as a prompt, which its server stores, and let the request go then."""
+        """Send the request's input for one token, upon which its server stores it, and let it go then."""
         await asyncio.gather(stream, return_exceptions=True)
         keeping.remove()
         try:
             answer = await server.client.complete(
-                server.running.model_name, self._completion(request, keeping.prompt, 1)
+                server.running.model_name, self._completion(request, request.input_ids, 1)
             )
         except ServerError as error:
             self._fail(str(error), by_itself=True)

@@ -4,7 +4,9 @@ The connector stores the KV of a prompt when it is first scheduled, under a hash
 blocks, and looks for a new prompt's in the same way; cache salts mean nothing to it. Two of its habits matter: of a
 prompt that is computed in chunks it stores what is not computed yet, and where a prompt's length is one more than
 whole blocks it finds one entry and reads another. So what it stores by itself is removed, and KV to keep is stored
-by a prompt of its own whose blocks are all in the prefix cache.
+by a prompt of its own whose blocks are all in the prefix cache. Nor may it ever find less than the prefix cache has, as
+it then takes off the difference and the engine dies. A prompt of one token still does that to it, once any prompt of
+less than a block was stored.
 """
 
 from __future__ import annotations
@@ -19,12 +21,10 @@ import numpy as np
 
 
 class Keeping(NamedTuple):
-    """What makes a server store KV so that it is found again."""
+    """KV as it is stored when an input is sent as a prompt, so that it is found when the input is sent again."""
 
-    prompt: list[int]
-    """Sent as a prompt, it is stored."""
     num_tokens: int
-    """So many of its tokens are stored."""
+    """So many tokens of the input are stored."""
     entries: tuple[Path, Path]
     """What is read when the input comes back, and what has to be there for that; the same at most lengths."""
 
@@ -64,7 +64,7 @@ class KvStore:
         if found == 0:
             return None
         entries = (self._entry(token_ids[:read]), self._entry(token_ids[:found]))
-        return Keeping(list(token_ids[:-1] if found == read else token_ids), read, entries)
+        return Keeping(read, entries)
 
     def entry(self, token_ids: Sequence[int]) -> Path | None:
         """Where the KV of a prompt is stored, if it is; None for less than a block.

@@ -177,7 +177,8 @@ class FakeServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         tokens = list(body["prompt"])
-        found = max(self._found(body.get("cache_salt"), tokens), self._found_in_store(tokens))
+        found = self._found(body.get("cache_salt"), tokens)
+        found += self._found_in_store(tokens, found)
         self.running += 1
         try:
             await asyncio.sleep(self.FIRST_TOKEN_S + prompt * self.PROMPT_TOKEN_S)
@@ -215,15 +216,16 @@ class FakeServer:
             equal += 1
         return equal // self.block_size * self.block_size
 
-    def _found_in_store(self, tokens: list[int]) -> int:
-        """What the store has of a prompt; one that it has not is stored."""
+    def _found_in_store(self, tokens: list[int], cached: int) -> int:
+        """What the store has of a prompt beside what is cached; one that it has not is stored."""
         if self.kv_store is None:
             return 0
         found, whole = ((len(tokens) - back) // self.block_size * self.block_size for back in (2, 1))
         entry = self._entry(tokens[:whole])
-        if found > 0 and self._entry(tokens[:found]).exists():
-            assert entry.exists(), "the engine would die of a missing file"
-            return found
+        if self._entry(tokens[:found]).exists():
+            assert found >= cached, "the engine would die of a negative number of tokens"
+            assert found == 0 or entry.exists(), "the engine would die of a missing file"
+            return found - cached
         entry.mkdir(exist_ok=True)
         return 0
 

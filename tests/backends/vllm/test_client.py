@@ -54,11 +54,13 @@ def test_a_completion_brings_every_token_with_its_time() -> None:
 def test_a_completion_asks_for_exactly_so_many_tokens() -> None:
     with FakeServer() as server:
         run(server.url, complete)
-        run(server.url, lambda client: client.complete("tiny", CompletionRequest([20], 1, priority=2)))
+        last = CompletionRequest([20], 1, priority=2, cache_salt="mine")
+        run(server.url, lambda client: client.complete("tiny", last))
     first, second = server.bodies
     assert (first["prompt"], first["max_tokens"], first["ignore_eos"], first["stream"]) == ([20, 21, 22], 5, True, True)
     assert "priority" not in first  # which a server that schedules by arrival refuses
-    assert second["priority"] == 2
+    assert "cache_salt" not in first
+    assert (second["priority"], second["cache_salt"]) == (2, "mine")
 
 
 def test_connections_are_used_again() -> None:
@@ -127,6 +129,14 @@ def test_a_missing_endpoint_is_named() -> None:
     refused = pytest.raises(RequestRefused, match=r"^http://127\.0\.0\.1:\d+/metrics answers 404: ")
     with FakeServer(missing=frozenset({"/metrics"})) as server, refused:
         run(server.url, lambda client: client.get_text("/metrics"))
+
+
+def test_calls_without_a_body() -> None:
+    with FakeServer() as server:
+        assert "sleeping" in run(server.url, lambda client: client.post("/sleep?level=1"))
+        assert run(server.url, lambda client: client.get_json("/is_sleeping")) == {"is_sleeping": True}
+        with pytest.raises(RequestRefused, match="/nothing answers 404"):
+            run(server.url, lambda client: client.post("/nothing"))
 
 
 def test_a_server_that_dies_in_a_stream_is_told() -> None:

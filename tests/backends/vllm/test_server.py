@@ -125,6 +125,29 @@ def test_a_server_ends_when_its_starter_is_killed(make_server: MakeServer, tmp_p
     assert until(lambda: not is_running(child), seconds=20.0)
 
 
+def test_killing_does_not_wait_for_what_will_not_end(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlm_env.backends.vllm.server.STOP_GRACE_S", 60.0)
+    stubborn = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+
+    async def use() -> tuple[int, float]:
+        server = await make_server(stubborn + SERVES).__aenter__()
+        child = child_of(server)
+        before_s = time.monotonic()
+        await server.stop(kill=True)
+        assert server.exit_status is not None
+        await server.stop()
+        return child, time.monotonic() - before_s
+
+    child, seconds = asyncio.run(use())
+    assert seconds < 10.0
+    assert until(lambda: not is_running(child))
+
+
+def test_a_command_does_not_show_its_environment() -> None:
+    command = ServerCommand(Path("python"), Path("model"), "tiny", 1, environment=(("VLLM_API_KEY", "s3cret"),))
+    assert "s3cret" not in repr(command)
+
+
 def test_a_server_that_ends_early_is_told_with_its_last_words(make_server: MakeServer) -> None:
     server = make_server(ENDS)
     with pytest.raises(ServerStartFailed) as caught:
