@@ -48,6 +48,7 @@ def sample_scenarios(problem: Problem, count: int, rng: np.random.Generator) -> 
     return problem._replace(
         requests=np.tile(problem.requests, count),
         weight=np.tile(problem.weight, count),
+        delay_cost=np.tile(problem.delay_cost, count),
         first_slack_s=np.tile(problem.first_slack_s, count),
         last_slack_s=np.tile(problem.last_slack_s, count),
         model=np.tile(problem.model, count),
@@ -57,6 +58,7 @@ def sample_scenarios(problem: Problem, count: int, rng: np.random.Generator) -> 
         batch=np.tile(problem.batch, (count, 1)),
         latency_s=scaled(problem.latency_s, error * one_length),
         latency_growth_s=scaled(problem.latency_growth_s, error * one_length),
+        crowding_cost=np.tile(problem.crowding_cost, (count, 1)),
         form=POINT,
     )
 

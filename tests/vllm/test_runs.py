@@ -15,7 +15,7 @@ from runners.cli import main
 from tests.vllm.observed import until
 
 PLANNERS = ["fcfs", "edf", "qlm"]
-NUM_REQUESTS = 120
+NUM_REQUESTS = 100
 
 
 def overrides(out: Path, python: Path) -> list[str]:

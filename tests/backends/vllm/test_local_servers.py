@@ -89,7 +89,7 @@ def test_only_so_many_start_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
-    servers = make_servers(tmp_path, TOLD + "time.sleep(600)")
+    servers = make_servers(tmp_path, TOLD + "time.sleep(600)", kv_store_folder=tmp_path / "kv")
 
     async def use() -> None:
         task = asyncio.create_task(servers.start(0, 0))
@@ -99,6 +99,7 @@ def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
             await task
 
     asyncio.run(use())
+    assert list((tmp_path / "kv").iterdir()) == []
     script = str(tmp_path / "script.py").encode()
     commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(script in read_command(path) for path in commands)

@@ -82,12 +82,13 @@ def test_alike_instances_are_bounded_together() -> None:
     twins = problem._replace(
         **{
             name: np.repeat(getattr(problem, name), 3, axis=1)
-            for name in ("allowed", "interval_s", "batch", "latency_s", "latency_growth_s")
+            for name in ("allowed", "interval_s", "batch", "latency_s", "latency_growth_s", "crowding_cost")
         },
         **{
             name: np.repeat(getattr(problem, name), 3, axis=0)
             for name in (
                 "start_model", "ready_s", "present", "drain_s", "load_s", "unload_s", "idle_s", "swap_cost",
+                "evict_s", "displaced_weight", "displaced_slack_s", "displaced_delay_cost",
             )
         },
     )  # fmt: skip

@@ -14,7 +14,7 @@ from planners.qlm.synthetic import random_problem
 
 PER_GROUP = (
     "requests", "weight", "first_slack_s", "last_slack_s", "model", "output_cv", "allowed", "interval_s", "batch",
-    "latency_s", "latency_growth_s",
+    "latency_s", "latency_growth_s", "delay_cost", "crowding_cost",
 )  # fmt: skip
 
 
