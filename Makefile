@@ -72,10 +72,12 @@ $(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
 
 vllm-env: $(VLLM_VENV)/.done
 
-# One test at a time: a server wants the cores for itself, and five of them fill 15 GB.
+# One test at a time: a server wants the cores for itself, and five of them fill 15 GB. Some tests interrupt an answer in its
+# midst, which fails where a machine stalls for as long as the answer takes; what failed is therefore run once more.
 test-vllm: $(VENV)/.dev
 	@if $(MAKE) --no-print-directory vllm-env; then \
-	    QLM_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -n 0 tests/vllm; \
+	    export QLM_VLLM_PYTHON=$(VLLM_VENV)/bin/python; \
+	    $(BIN)/python -m pytest -n 0 tests/vllm || $(BIN)/python -m pytest -n 0 --last-failed tests/vllm; \
 	else \
 	    echo "vLLM for CPUs cannot be installed here: the tests against real servers are skipped" >&2; \
 	fi
