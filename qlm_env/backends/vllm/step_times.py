@@ -98,7 +98,7 @@ class DecodeBatch:
             await self._changed.wait()
             self._changed.clear()
             for task in self._tasks:
-                if task.done():
+                if self._num_short and task.done():
                     task.result()
                     raise ServerError(f"{self._client.url} ended a completion before max_tokens")
 
