@@ -150,11 +150,9 @@ def make_problem(
     backlog_s = float((requests / np.maximum(rate.sum(axis=1), 1e-9))[allowed.any(axis=1)].sum())
     present = steady * np.array([float(i.num_running + i.engine_queue_length) for i in instances])
     room = np.maximum(0.0, np.where(allowed, batch, 0.0).max(axis=0) - present)
-    load_s = np.array([[i.load_s(m) for m in view.models] for i in instances])
-    # A swap displaces other work only as far as there is some; to come counts what could not wait for its end.
+    # A swap displaces other work only as far as there is some, now or to come.
     busy = np.minimum(1.0, present / np.where(allowed, batch, np.inf).min(axis=0))
-    slow = (load_s[:, models] * allowed.T).max(axis=1) > min(c.target_s for c in view.scenario.slo.classes)
-    displaced_per_s = np.maximum(rate.max(axis=0) * busy, slow * _awaited_per_s(view, serving))
+    displaced_per_s = np.maximum(rate.max(axis=0) * busy, _awaited_per_s(view, serving))
     problem = Problem(
         requests=requests,
         weight=weight,
@@ -177,7 +175,7 @@ def make_problem(
         displaced_weight=displaced_weight,
         displaced_slack_s=displaced_slack_s,
         displaced_delay_cost=displaced_delay_cost,
-        load_s=load_s,
+        load_s=np.array([[i.load_s(m) for m in view.models] for i in instances]),
         unload_s=view.placements["sleep_s"].astype(np.float64),
         idle_s=idle_s,
         # Without a distribution there is no telling how many would miss.
