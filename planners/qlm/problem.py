@@ -6,7 +6,7 @@ admission interval for each request beyond a full batch, and a request's latency
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -150,9 +150,8 @@ def make_problem(
     backlog_s = float((requests / np.maximum(rate.sum(axis=1), 1e-9))[allowed.any(axis=1)].sum())
     present = steady * np.array([float(i.num_running + i.engine_queue_length) for i in instances])
     room = np.maximum(0.0, np.where(allowed, batch, 0.0).max(axis=0) - present)
-    # A swap displaces other work only as far as there is some, now or to come.
+    # A swap displaces other work only as far as there is some.
     busy = np.minimum(1.0, present / np.where(allowed, batch, np.inf).min(axis=0))
-    displaced_per_s = np.maximum(rate.max(axis=0) * busy, _awaited_per_s(view, serving))
     problem = Problem(
         requests=requests,
         weight=weight,
@@ -180,19 +179,13 @@ def make_problem(
         idle_s=idle_s,
         # Without a distribution there is no telling how many would miss.
         crowding_cost=np.zeros(allowed.shape) if spec.cost == "point" else crowding_cost(view, groups, room),
-        swap_cost=spec.swap_weight * displaced_per_s,
+        swap_cost=spec.swap_weight * rate.max(axis=0) * busy,
         hold_s=spec.hold_s + backlog_s,
         form=FORMS[spec.cost],
         confidence=spec.confidence,
     )
     # Compiled functions are compiled for one layout of every array.
     return Problem._make(np.ascontiguousarray(v) if isinstance(v, np.ndarray) else v for v in problem)
-
-
-def _awaited_per_s(view: ClusterView, serving: Sequence[int | None]) -> Float:
-    """(I,) arrivals per second that each instance's model can expect, shared by the instances that serve it."""
-    per_model = view.arrivals_per_model() / max(1.0, view.now_s)
-    return np.array([0.0 if model is None else per_model[model] / serving.count(model) for model in serving])
 
 
 def _displaced(view: ClusterView, spec: QlmSpec, drain_s: Float) -> tuple[Float, Float, Float, Float]:
