@@ -211,6 +211,8 @@ class VllmClient:
                 continue
             data = line[len(b"data: ") :].strip()
             if data == b"[DONE]":
+                # Read to the end of the body, or the connection could not be used again.
+                await response.content.read()
                 return
             message = self._message(data)
             for choice in message["choices"]:
