@@ -193,3 +193,17 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop what the backend started. It may be called twice; no other method may follow."""
+
+    # What every backend checks first.
+    def _check_instance(self, instance: int) -> None:
+        self._check("instance", instance, len(self.fleet.engine))
+
+    def _check_request(self, request: int) -> None:
+        self._check("request", request, len(self.requests))
+
+    def _check_model(self, model: int) -> None:
+        self._check("model", model, self.fleet.placement.shape[1])
+
+    def _check(self, what: str, index: int, count: int) -> None:
+        if not 0 <= index < count:
+            raise BackendError(f"there is no {what} {index}; there are 0..{count - 1}")

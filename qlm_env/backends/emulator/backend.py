@@ -96,16 +96,3 @@ class EmulatorBackend(Backend):
         for time_s, kind, instance, subject in self._run.event[: clock.events].tolist():
             self._told.append(BackendEvent(EventKind(kind), time_s, instance, subject))
         clock.events = 0
-
-    def _check_instance(self, instance: int) -> None:
-        self._check("instance", instance, len(self.fleet.engine))
-
-    def _check_request(self, request: int) -> None:
-        self._check("request", request, len(self.requests))
-
-    def _check_model(self, model: int) -> None:
-        self._check("model", model, self.fleet.placement.shape[1])
-
-    def _check(self, what: str, index: int, count: int) -> None:
-        if not 0 <= index < count:
-            raise BackendError(f"there is no {what} {index}; there are 0..{count - 1}")

@@ -377,16 +377,3 @@ class VllmBackend(Backend):
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
         return iter(np.ndindex(*self.fleet.placement.shape))
-
-    def _check_instance(self, instance: int) -> None:
-        self._check("instance", instance, len(self.fleet.engine))
-
-    def _check_request(self, request: int) -> None:
-        self._check("request", request, len(self.requests))
-
-    def _check_model(self, model: int) -> None:
-        self._check("model", model, self.fleet.placement.shape[1])
-
-    def _check(self, what: str, index: int, count: int) -> None:
-        if not 0 <= index < count:
-            raise BackendError(f"there is no {what} {index}; there are 0..{count - 1}")
